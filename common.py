@@ -185,9 +185,9 @@ def shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
     labels = torch.arange(count) % 10
     side = (torch.arange(32) + 0.5) / 16 - 1
-    angle, scale = uniform(0, 2 * math.pi, 1, 1), uniform(0.55, 0.85, 1, 1)
-    dx = side.view(1, 1, 32) - uniform(-0.25, 0.25, 1, 1)
-    dy = side.view(1, 32, 1) - uniform(-0.25, 0.25, 1, 1)
+    angle, scale = uniform(-0.6, 0.6, 1, 1), uniform(0.6, 0.95, 1, 1)
+    dx = side.view(1, 1, 32) - uniform(-0.2, 0.2, 1, 1)
+    dy = side.view(1, 32, 1) - uniform(-0.2, 0.2, 1, 1)
     xs = (angle.cos() * dx + angle.sin() * dy) / scale  # (N, 32, 32), the figure's own coordinates
     ys = (angle.cos() * dy - angle.sin() * dx) / scale
     distance = torch.empty(count, 32, 32)
@@ -201,7 +201,7 @@ def shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:
     images = ground * (1 - mask) + figure * mask
     images = images - images.amin((1, 2, 3), keepdim=True).clamp(max=0)  # into range without flattening colours
     images = images / images.amax((1, 2, 3), keepdim=True).clamp(min=1)
-    images = images + torch.randn(images.shape, generator=g) * uniform(0.01, 0.05, 1, 1, 1)
+    images = images + torch.randn(images.shape, generator=g) * uniform(0.005, 0.04, 1, 1, 1)
     order = torch.randperm(count, generator=g)
     return (images[order] * 255).round().clamp(0, 255).to(torch.uint8), labels[order]
 

@@ -58,15 +58,15 @@ from common import PRIMITIVES, Data, FactorizedReduce, Genotype, InputError, Net
 
 QUICK = {  # --preset quick; everything else stays as in the paper
     "dataset": "shapes",
-    "search_epochs": 4,
-    "train_epochs": 7,
+    "search_epochs": 3,
+    "train_epochs": 5,
     "channels": 8,
     "layers": 3,
     "batch_size": 64,
     "lr": 0.05,
-    "beta_lr": 1e-3,
+    "beta_lr": 1e-4,
     "beta_wd": 1e-3,
-    "tau_lr": 0.1,
+    "tau_lr": 0.3,
     "arch_lr": 3e-3,
     "b_scale": 0.3,  # a few hundred steps do not bring b up from 1e-3, and till then the signal drowns
     "auxiliary_weight": 0.0,
@@ -1086,13 +1086,13 @@ def run(args: argparse.Namespace, out: Path, device: torch.device) -> dict:
     fits = lambda genotype: within_limits(args, data, genotype)
     if s.searching:
         s.net.recover(args.lasso)
-        for _ in range(100):
+        for _ in range(30):
             if fits(s.net.genotype()):
                 break
             nn.init.normal_(s.net.b, std=args.b_scale)  # nothing to fall back on yet: draw another start
             s.net.recover(args.lasso)
         else:
-            raise InputError("100 random architectures all broke --max-params or --max-flops: raise them")
+            raise InputError("30 random architectures all broke --max-params or --max-flops: raise them")
     N, B = len(data.train_images), min(args.batch_size, len(data.train_images))
     if B % world:
         raise InputError(f"--batch-size {B} must be a multiple of the {world} processes")
@@ -1341,7 +1341,7 @@ def draw(out: Path, history: list[dict], trace: Tensor, p: Tensor | None, genoty
     save(figure, "curves.png")
 
     steps = torch.arange(1, len(trace) + 1)
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for axis, values, name in zip(axes, trace.T, ("learning rate", "weight decay")):
         axis.plot(steps, values, color=blue, linewidth=1)
         axis.set(xlabel="step", ylabel=name, title=name.capitalize(), ylim=(0, 1.1 * float(values.max()) or 1))
@@ -1351,7 +1351,7 @@ def draw(out: Path, history: list[dict], trace: Tensor, p: Tensor | None, genoty
 
     if p is not None:
         names = list(AUGMENTATIONS)
-        figure, axes = plt.subplots(1, 2, figsize=(12, 5), gridspec_kw={"width_ratios": [1.25, 1]})
+        figure, axes = plt.subplots(1, 2, figsize=(13, 5.4), width_ratios=[1.3, 1], layout="constrained")
         picture = axes[0].imshow(100 * p, cmap="cividis")
         axes[0].set_xticks(range(14), names, rotation=90)
         axes[0].set_yticks(range(14), names)
@@ -1361,7 +1361,7 @@ def draw(out: Path, history: list[dict], trace: Tensor, p: Tensor | None, genoty
         axes[1].axhline(math.log(196), color="0.5", linestyle=":", label="uniform, log 196")
         mark_search_end(axes[1], search_end)
         axes[1].set(xlabel="epoch", ylabel="entropy (nats)", title="Entropy of the policy")
-        axes[1].legend(frameon=False)
+        axes[1].legend(frameon=False, loc="lower left")
         save(figure, "policy.png")
 
     if search_end:
@@ -1375,7 +1375,8 @@ def draw(out: Path, history: list[dict], trace: Tensor, p: Tensor | None, genoty
                     face = common.OPERATION_COLORS[PRIMITIVES.index(name)]
                     axis.add_patch(plt.Rectangle((r["epoch"] - 0.5, y - 0.45), 1, 0.9, color=face, linewidth=0))
                     if search_end <= 30:
-                        axis.text(r["epoch"], y, str(state), ha="center", va="center", fontsize=8)
+                        ink = "white" if face in ("#0072B2", "#D55E00", "#009E73") else "black"
+                        axis.text(r["epoch"], y, str(state), ha="center", va="center", fontsize=8, color=ink)
             frozen = next((r["epoch"] for r in shown if r["frozen"][k]), None)
             if frozen:
                 axis.plot([frozen + 0.5] * 2, [-3 * k + 0.5, -3 * k - 1.5], color="black", linewidth=3)
