@@ -329,10 +329,10 @@ def load_genotype(name_or_path: str | Path) -> Genotype:
     if str(name_or_path) in GENOTYPES:
         return GENOTYPES[str(name_or_path)]
     path = Path(name_or_path)
-    if not path.is_file():
-        raise InputError(f"no genotype {str(path)!r}: give a file, or one of {', '.join(GENOTYPES)}")
     try:
         return parse_genotype(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"no genotype {str(path)!r}: give a file, or one of {', '.join(GENOTYPES)}") from None
     except (OSError, UnicodeDecodeError, InputError) as e:
         raise InputError(f"cannot use the genotype in {path}: {e}") from e
 
@@ -342,7 +342,7 @@ def parse_genotype(text: str) -> Genotype:
 
     def value(node: ast.expr) -> list:
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "range":
-            return list(range(*map(ast.literal_eval, node.args)))
+            return list(range(*map(ast.literal_eval, node.args))[:100])  # no cell is larger
         return ast.literal_eval(node)
 
     try:
@@ -353,7 +353,7 @@ def parse_genotype(text: str) -> Genotype:
             fields = dict(zip(Genotype._fields, map(value, call.args))) | {k.arg: value(k.value) for k in call.keywords}
         cells = {c: [(str(op), int(state)) for op, state in fields[c]] for c in ("normal", "reduce")}
         concat = {c: [int(state) for state in fields[f"{c}_concat"]] for c in ("normal", "reduce")}
-    except (SyntaxError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as e:
+    except (SyntaxError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as e:
         raise InputError(f"not a genotype ({type(e).__name__}: {e}); expected Genotype(normal=[...], ...)") from e
     for cell, edges in cells.items():
         states = len(edges) // 2 + 2

@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import dha
@@ -384,3 +386,51 @@ def test_auxiliary_head_only_in_training():
     assert [tuple(o.shape) for o in net(torch.rand(2, 3, 32, 32))] == [(2, 3), (2, 3)]
     assert net.eval()(torch.rand(2, 3, 32, 32)).shape == (2, 3)
     assert not any("auxiliary" in name for name in net.prune().state_dict())
+
+
+# No waiting: a step on pretended CUDA tensors, which have no values; whatever needs one on the host raises
+
+
+class CrossDeviceCopies(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        devices = {t.device.type for t in [*args, out] if isinstance(t, torch.Tensor) and t.dim() > 0}
+        if len(devices) > 1:
+            self.seen.append(str(func))
+        return out
+
+
+def test_a_step_on_cuda_never_waits_for_the_host(monkeypatch):
+    s, _, args = tiny_search("--cutout", "16", "--auxiliary-weight", "0.4", "--drop-path", "0.2")
+    s.net.drop_path_prob = 0.1
+    calls = []
+
+    def backward(loss):  # autograd's own engine wants a real device
+        calls.append(loss.device.type)
+        for p in [*s.theta, s.net.b, s.tau]:
+            p.grad = torch.empty_like(p)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in s.net.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    module._parameters[name] = torch.nn.Parameter(torch.empty(p.shape, device="cuda"), p.requires_grad)
+            for name, b in module._buffers.items():
+                module._buffers[name] = torch.empty(b.shape, dtype=b.dtype, device="cuda")
+        s.theta = s.net.weights()
+        s.b_optimizer = torch.optim.Adam([s.net.b])
+        s.tau = torch.empty(14, 14, device="cuda", requires_grad=True)
+        s.lr, s.wd, s.mean, s.std = (torch.empty(n, device="cuda") for n in ((), (), 3, 3))
+        images = torch.empty(8, 3, 32, 32, dtype=torch.uint8, device="cuda")
+        labels = torch.empty(8, dtype=torch.long, device="cuda")
+        with CrossDeviceCopies() as copies:
+            for _ in range(2):
+                losses, _ = dha.train_step(s, images, labels, args)
+        assert losses.device.type == "cuda" and calls == ["cuda"] * 4 and copies.seen == []
+        with pytest.raises(Exception, match="local_scalar"):
+            float(losses.sum())  # the pretended device does notice

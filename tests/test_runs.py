@@ -227,12 +227,17 @@ def test_repeats_give_mean_and_deviation_and_resume(tmp_path, capsys):
 
 def test_constraints_hold_for_the_result(tmp_path):
     torch.manual_seed(0)
+    nets = [dha.SparseSupernet(4, 10, 3).prune() for _ in range(9)]
+    params, flops = (sorted(map(count, nets))[4] for count in (common.count_parameters, lambda n: common.count_flops(n, 32)))
+    rejected = 0
     for seed in range(3):
         out = tmp_path / str(seed)
-        flags = ["--max-params", "9000", "--max-flops", "700000", "--seed", str(seed), "--arch-lr", "0.1"]
-        assert dha.main([*SHORT, *flags, "--out", str(out)]) == 0
+        flags = ["--max-params", str(params), "--max-flops", str(flops), "--seed", str(seed), "--arch-lr", "0.3"]
+        assert dha.main([*TINY, "--search-epochs", "4", "--train-epochs", "0", *flags, "--out", str(out)]) == 0
         result = json.loads((out / "result.json").read_text())
-        assert result["params"] <= 9000 and result["flops"] <= 700000
+        assert result["params"] <= params and result["flops"] <= flops
+        rejected += sum(not json.loads(x)["accepted"] for x in (out / "metrics.jsonl").read_text().splitlines())
+    assert rejected > 0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
