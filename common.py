@@ -127,11 +127,11 @@ def _folder(root: Path, image_size: int | None, limit_train: int | None, limit_t
     test_dir = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     if not (root / "train").is_dir() or test_dir is None:
         raise InputError(f"{root} holds no data set: --data-dir must have train/<class>/* and test/<class>/* (or val/)")
-    classes = sorted(d.name for d in (root / "train").iterdir() if d.is_dir())
+    classes = sorted(d.name for d in (root / "train").iterdir() if d.is_dir() and not d.name.startswith("."))
     tensors: list[Tensor] = []
     size = (image_size, image_size) if image_size else None
     for directory, limit in ((root / "train", limit_train), (test_dir, limit_test)):
-        unknown = sorted({d.name for d in directory.iterdir() if d.is_dir()} - set(classes))
+        unknown = sorted({d.name for d in directory.iterdir() if d.is_dir() and d.name[0] != "."} - set(classes))
         if unknown:
             raise InputError(f"{directory} has a class that {root / 'train'} lacks: {unknown[0]}")
         endings = torchvision.datasets.folder.IMG_EXTENSIONS

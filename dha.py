@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.4", "torchvision", "numpy", "matplotlib", "tqdm", "scipy"]
+# dependencies = ["torch>=2.4", "torchvision", "numpy", "pillow", "matplotlib", "tqdm", "scipy"]
 # ///
 """DHA: data augmentation policy, hyper-parameters and architecture, searched and trained in one stage.
 
@@ -10,7 +10,7 @@ Architecture" (arXiv 2109.05765). Equation numbers below are that paper's. The a
 nothing is retrained: what the search leaves is a trained network.
 
     python dha.py --dataset shapes --preset quick               # minutes on a laptop, nothing to download
-    python dha.py --dataset cifar10 --gpu 0                     # the paper's settings
+    python dha.py --dataset cifar10 --gpu 0                     # full size, 120 + 600 epochs
     python dha.py --dataset folder --data-dir my/images --image-size 32 --preset quick
     torchrun --nproc-per-node 4 dha.py --dataset cifar10        # one process a GPU, --batch-size is the sum
     python dha.py --resume --out runs/dha-cifar10-seed0         # go on after a stop
@@ -38,7 +38,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -88,6 +88,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}{hint}\n")
 
 
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with defaults, where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        plain = action.default in (None, False) or action.default is argparse.SUPPRESS
+        return action.help if plain else super()._get_help_string(action)
+
+
 def number(kind: type, low: float, high: float = math.inf):
     """An argparse type: an int or a float from `low` to `high`, both included."""
 
@@ -105,7 +113,7 @@ def number(kind: type, low: float, high: float = math.inf):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    formatter = lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=34, width=110)
+    formatter = lambda prog: Formatter(prog, max_help_position=34, width=110)
     parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=formatter, allow_abbrev=False)
     g = parser.add_argument_group("what to run")
     g.add_argument("--preset", choices=["paper", "quick"], default="paper", help="settings; explicit flags win over it")
@@ -138,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--cutout", type=number(int, 0), default=16, help="side of the cutout square in pixels")
     g = parser.add_argument_group("data augmentation (DA)")
     g.add_argument("--no-da", action="store_true", help="no augmentation policy (crop, flip and cutout stay)")
-    g.add_argument("--tau-lr", type=number(float, 0), default=0.01, help="learning rate of tau in Eq. 2")
+    g.add_argument("--tau-lr", type=number(float, 0), default=0.002, help="learning rate of tau in Eq. 2")
     g = parser.add_argument_group("hyper-parameters (HPO)")
     g.add_argument("--no-hpo", action="store_true", help="keep lr and wd; lr falls by cosine once the search is over")
     g.add_argument("--beta-lr", type=number(float, 0), default=1e-5, help="beta of Eq. 3 for the learning rate")
@@ -165,6 +173,10 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
     explicit = {action.dest for action in parser._actions if words & set(action.option_strings)}
     if args.channels % 2:
         parser.error("--channels must be even: a factorized reduction splits them in two")
+    if args.genotype and (args.max_params or args.max_flops):
+        parser.error("--max-params and --max-flops constrain the search; with --genotype there is none")
+    if args.genotype and not args.train_epochs:
+        parser.error("--genotype with --train-epochs 0 leaves nothing to do")
     if not args.no_hpo and not LR_RANGE[0] <= args.lr <= LR_RANGE[1]:
         parser.error(f"--lr must lie in {list(LR_RANGE)} where Eq. 3 learns it; or give --no-hpo")
     if not args.no_hpo and args.weight_decay > WD_RANGE[1]:
@@ -419,7 +431,7 @@ def ista(A: Tensor, b: Tensor, lam: float, tolerance: float = 1e-9, max_iteratio
 
     Plain ISTA is hopeless here: with n > m the problem is flat, and at lam = 1e-5 its support is wrong after 1,000
     iterations. Three known remedies: Beck & Teboulle's momentum, restarted where it points uphill (O'Donoghue &
-    Candes); continuation (Hale et al.): lam starts at max |A^T b| and is halved every 50 iterations; and then the
+    Candes); continuation (Hale et al.): lam starts at half of max |A^T b| and is halved every 50 iterations; and then the
     minimum within the present support and signs, as far as the signs hold (FPC-AS, Wen et al.), which alone saves
     99 % of the iterations: 100 random problems of 7 x 40 took 1,150 instead of more than 100,000.
     """
@@ -744,7 +756,7 @@ class Search:
 
     def __init__(self, args: argparse.Namespace, data: Data, device: torch.device):
         auxiliary = args.auxiliary_weight > 0
-        classes, genotype = len(data.classes), args.genotype and common.load_genotype(args.genotype)
+        classes, genotype = len(data.classes), args.genotype and common.parse_genotype(args.genotype)
         if genotype:
             self.net = Network(genotype, classes, args.channels, args.layers, auxiliary)
             self.theta = list(self.net.parameters())
@@ -902,7 +914,7 @@ def load_checkpoint(out: Path) -> dict | None:
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         try:
             state = torch.load(out / name, map_location="cpu", weights_only=True)
-            state["search"], state["epoch"], state["history"], state["trace"], state["seconds"]
+            state["search"], state["epoch"], state["history"], state["trace"], state["search_seconds"]
             if damaged:
                 say(f"warning: {damaged[0]} cannot be read; going on from {out / name}, epoch {state['epoch']}")
             return state
@@ -1000,34 +1012,47 @@ def git_commit() -> str | None:
         return None
 
 
-def open_run(args: argparse.Namespace, explicit: set[str], out: Path) -> argparse.Namespace:
-    """Make the run directory, or check that --resume continues what is in it; returns the run's settings."""
+def processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def settings_of(args: argparse.Namespace, explicit: set[str], out: Path) -> argparse.Namespace:
+    """The settings of the run in `out`: its own where --resume continues it, else `args`. Writes nothing.
+
+    Raises InputError where `out` holds anything else, or a flag given now is not the run's.
+    """
     free = {"resume", "out", "gpu", "workers", "data_dir", "repeats", "evaluate"}  # may change from start to resume
     config = out / "config.json"
     if config.exists() and args.resume:
-        saved = read_json(config).get("args", {})
+        about = read_json(config)
+        saved = about.get("args", {})
         if saved.keys() != vars(args).keys():
             raise InputError(f"{config} is not of this version of dha.py: choose a new --out")
         for name in sorted(explicit - free):
             if getattr(args, name) != saved[name]:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{out} was started with {flag} {saved[name]}: leave {flag} out, or choose a new --out")
-        now = {name: getattr(args, name) for name in explicit & free}
-        return argparse.Namespace(**(saved | now))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not args.resume:
-        raise InputError(f"{out} exists already: continue it with --resume, or choose another --out")
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return args
+        if about.get("processes") != processes():
+            raise InputError(f"{out} was started with {about.get('processes')} processes: resume it with as many")
+        return argparse.Namespace(**(saved | {name: getattr(args, name) for name in explicit & free}))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        advice = "choose another --out" if args.resume else "continue it with --resume, or choose another --out"
+        raise InputError(f"{out} exists already{' but holds no run' if args.resume else ''}: {advice}")
     if args.resume:
         say(f"nothing to resume in {out}: starting from the beginning")
+    return args
+
+
+def create_run(args: argparse.Namespace, out: Path) -> None:
+    """Make the run directory and its config.json."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f"cannot make the run directory {out}: {e}") from e
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
     about = {"script": "dha.py", "command": shlex.join(sys.argv), "args": vars(args), "versions": versions}
-    write(config, json.dumps(about | {"git_commit": git_commit(), "machine": platform.platform()}, indent=1) + "\n")
-    return args
+    about |= {"git_commit": git_commit(), "machine": platform.platform(), "processes": processes()}
+    write(out / "config.json", json.dumps(about, indent=1) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1066,6 +1091,8 @@ def warn_of_days(args: argparse.Namespace, data: Data, device: torch.device) -> 
     step = time.time() - start
     epochs = args.search_epochs * (not args.genotype) + args.train_epochs
     total = step * epochs * max(1, len(data.train_images) // images)
+    if total < 3600:
+        return
     say(
         f"warning: a step takes {step:.1f} s, so {epochs} epochs would take {duration(total)} on this CPU. "
         "--preset quick takes minutes; the paper's settings want a GPU (--gpu 0)."
@@ -1080,7 +1107,7 @@ def run(args: argparse.Namespace, out: Path, device: torch.device) -> dict:
         return read_json(out / "result.json")
     data = load_data(args, device)
     check_data(args, data)
-    if args.preset == "paper" and device.type == "cpu" and rank == 0:
+    if args.preset == "paper" and device.type == "cpu" and world == 1:
         warn_of_days(args, data, device)
 
     torch.manual_seed(args.seed)
@@ -1099,14 +1126,17 @@ def run(args: argparse.Namespace, out: Path, device: torch.device) -> dict:
     if B % world:
         raise InputError(f"--batch-size {B} must be a multiple of the {world} processes")
     steps = N // B
-    epoch, search_end, history, seconds = 0, None if s.searching else 0, [], 0.0
+    epoch, search_end, history, seconds, search_seconds = 0, None if s.searching else 0, [], 0.0, 0.0
     trace = torch.zeros(0, 2)  # lr and wd after every step
     if state := load_checkpoint(out):
         s.load_state_dict(state["search"])
-        epoch, search_end, seconds = state["epoch"], state["search_end"], state["seconds"]
+        epoch, search_end = state["epoch"], state["search_end"]
+        seconds, search_seconds = state["seconds"], state["search_seconds"]
         history, trace = state["history"], state["trace"]
         say(f"going on with {out} after epoch {epoch}")
     if rank == 0:
+        if not (out / "config.json").exists():
+            create_run(args, out)
         write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
 
     while search_end is None or epoch < search_end + args.train_epochs:
@@ -1138,28 +1168,40 @@ def run(args: argparse.Namespace, out: Path, device: torch.device) -> dict:
                     lr, wd = rates[step].tolist()
                     text = f"loss {loss:.3f} acc {accuracy:.1f}% lr {lr:.4f} wd {wd:.1e} left {duration(left)}"
                     progress.show(step + 1, text)
-                    if not math.isfinite(loss):
-                        break
         finally:
             progress.close()
+        if world > 1:
+            dist.all_reduce(sums.div_(world))
+            dist.all_reduce(broken, dist.ReduceOp.MAX)
         loss, accuracy = (sums / steps).tolist()
-        if (step := int(broken)) >= 0:
+        learned = flat([s.theta[i] for i in s.updated] + [s.lr, s.wd, s.tau] + ([s.net.b] if s.searching else []))
+        if int(broken) >= 0 or not bool(learned.isfinite().all()):
+            step = int(broken) + 1 or steps
             flag = f"--lr (now {args.lr:g})" if args.no_hpo else f"--lr ({args.lr:g}) or --beta-lr ({args.beta_lr:g})"
-            raise FloatingPointError(f"the loss is not finite at epoch {epoch + 1}, step {step + 1}: lower {flag}")
+            kept = f"; the checkpoint of epoch {epoch} is kept" if epoch else ""
+            raise FloatingPointError(
+                f"the loss is not finite at epoch {epoch + 1}, step {step}: start again with a lower {flag}{kept}"
+            )
 
-        note = {}
+        note, test = {}, 0.0
+        if rank == 0:  # before the support changes: of the operations that were trained
+            test = evaluate(s.net, data.test_images, data.test_labels, s.mean, s.std)
         if searching:
-            moved, accepted = s.net.recover(args.lasso, fits)
+            stay = [False] * (2 * NODES)
+            if epoch + 1 == args.search_epochs:  # fixed as trained: no last recovery that nothing would train [A]
+                stay = [True] * (2 * NODES)
+            else:
+                moved, accepted = s.net.recover(args.lasso, fits)
+                stay = [accepted and float(m) <= args.freeze_distance for m in moved]
+                note = {"moved": [round(float(m), 6) for m in moved], "accepted": accepted}
             for k in range(2 * NODES):
-                ended = epoch + 1 == args.search_epochs
-                if not s.net.frozen[k] and (ended or (accepted and moved[k] <= args.freeze_distance)):
+                if stay[k] and not s.net.frozen[k]:
                     s.net.freeze(k)
             if not s.searching:
                 search_end = epoch + 1
-            note = {"moved": [round(float(m), 6) for m in moved], "accepted": accepted}
         if isinstance(s.net, SparseSupernet):
             note |= {"support": s.net.get_extra_state()["edges"], "frozen": list(s.net.frozen)}
-        genotype = s.net.genotype() if isinstance(s.net, SparseSupernet) else common.load_genotype(args.genotype)
+        genotype = s.net.genotype() if isinstance(s.net, SparseSupernet) else common.parse_genotype(args.genotype)
         epoch += 1
         trace = torch.cat([trace, rates.cpu()])
         if rank == 0:
@@ -1168,7 +1210,7 @@ def run(args: argparse.Namespace, out: Path, device: torch.device) -> dict:
                 "phase": "search" if searching else "train",
                 "loss": loss,
                 "train_accuracy": accuracy,
-                "test_accuracy": evaluate(s.net, data.test_images, data.test_labels, s.mean, s.std),
+                "test_accuracy": test,
                 "lr": float(s.lr),
                 "wd": float(s.wd),
                 "entropy": None if args.no_da else entropy(s.tau),
@@ -1176,11 +1218,13 @@ def run(args: argparse.Namespace, out: Path, device: torch.device) -> dict:
             } | note
             history.append(record)
             seconds += time.time() - start
-            checkpoint = {"search": s.state_dict(), "epoch": epoch, "search_end": search_end}
-            save_checkpoint(out, checkpoint | {"history": history, "trace": trace, "seconds": seconds})
+            search_seconds += (time.time() - start) * searching
+            checkpoint = {"search": s.state_dict(), "epoch": epoch, "search_end": search_end, "history": history}
+            checkpoint |= {"trace": trace, "seconds": seconds, "search_seconds": search_seconds}
+            save_checkpoint(out, checkpoint)
             write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
             report(record, last if searching else search_end + args.train_epochs, time.time() - start)
-    return finish(args, s, data, out, history, trace, seconds) if rank == 0 else {}
+    return finish(args, s, data, out, history, trace, (seconds, search_seconds)) if rank == 0 else {}
 
 
 def report(record: dict, last: int, seconds: float) -> None:
@@ -1200,13 +1244,19 @@ def report(record: dict, last: int, seconds: float) -> None:
 
 
 def finish(
-    args: argparse.Namespace, s: Search, data: Data, out: Path, history: list[dict], trace: Tensor, seconds: float
+    args: argparse.Namespace,
+    s: Search,
+    data: Data,
+    out: Path,
+    history: list[dict],
+    trace: Tensor,
+    seconds: tuple[float, float],
 ) -> dict:
-    """Prune, write genotype.json, policy.json, model.pt, the figures and result.json, and sum up."""
+    """Prune; write genotype.json, policy.json, model.pt, result.json and the figures. seconds: all, and of the search."""
     if isinstance(s.net, SparseSupernet):
         net, genotype, kind = s.net.prune(), s.net.genotype(), "sparse"
     else:
-        genotype, kind = common.load_genotype(args.genotype), "network"
+        genotype, kind = common.parse_genotype(args.genotype), "network"
         net = Network(genotype, len(data.classes), args.channels, args.layers).to(s.lr.device)
         net.load_state_dict(s.net.state_dict(), strict=False)  # without the auxiliary head
         net.eval()
@@ -1231,7 +1281,6 @@ def finish(
         "state_dict": {name: v.cpu() if isinstance(v, Tensor) else v for name, v in net.state_dict().items()},
     }
     write(out / "model.pt", model)
-    draw(out, history, trace, None if args.no_da else p, genotype, 0 if args.genotype else len(data.train_images))
     search = [r for r in history if r["phase"] == "search"]
     result = {
         "test_accuracy": evaluate(net, data.test_images, data.test_labels, s.mean, s.std),
@@ -1243,9 +1292,10 @@ def finish(
         "seed": args.seed,
         "epochs": len(history),
         "search_epochs": len(search),
-        "seconds": round(seconds, 1),
-        "search_seconds": round(seconds * len(search) / len(history), 1),
+        "seconds": round(seconds[0], 1),
+        "search_seconds": round(seconds[1], 1),
     }
+    draw(out, history, trace, None if args.no_da else p, genotype)
     write(out / "result.json", json.dumps(result, indent=1) + "\n")
     return result
 
@@ -1302,7 +1352,7 @@ def evaluate_run(args: argparse.Namespace, explicit: set[str], device: torch.dev
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def draw(out: Path, history: list[dict], trace: Tensor, p: Tensor | None, genotype: Genotype, searched: int) -> None:
+def draw(out: Path, history: list[dict], trace: Tensor, p: Tensor | None, genotype: Genotype) -> None:
     """Write the figures of a run: cells, curves, hyper-parameters, policy and support."""
     try:
         import matplotlib
@@ -1405,35 +1455,42 @@ def main(argv: list[str] | None = None) -> int:
     out = None
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            dist.init_process_group("gloo" if args.gpu == -1 or not torch.cuda.is_available() else "nccl")
-        device = choose_device(args.gpu)
-        if args.amp and device.type == "cpu":
-            raise InputError("--amp needs a GPU")
+            backend = "gloo" if args.gpu == -1 or not torch.cuda.is_available() else "nccl"
+            dist.init_process_group(backend, timeout=timedelta(hours=2))  # long enough for a download
         if args.evaluate:
-            evaluate_run(args, explicit, device)
+            evaluate_run(args, explicit, choose_device(args.gpu))
             return 0
+        if args.genotype:  # the genotype itself, so that a run does not depend on the file
+            args.genotype = str(common.load_genotype(args.genotype))
         results = []
         for seed in range(args.seed, args.seed + args.repeats):
-            mine = argparse.Namespace(**vars(args) | {"seed": seed})
             out = Path(args.out or f"runs/dha-{args.dataset}-seed{seed}")
             out = out / f"seed{seed}" if args.out and args.repeats > 1 else out
-            mine = open_run(mine, explicit, out)
+            mine = settings_of(argparse.Namespace(**vars(args) | {"seed": seed}), explicit, out)
+            if dist.is_initialized():
+                dist.barrier()  # all have looked before one writes
+            device = choose_device(mine.gpu)
+            if mine.amp and device.type == "cpu":
+                raise InputError("--amp needs a GPU")
             results.append(run(mine, out, device))
+            if dist.is_initialized():
+                dist.barrier()
             if results[-1]:
                 summarize(results[-1], out)
-        if args.repeats > 1 and results[0]:
+        if args.repeats > 1 and all(results):
             accuracies = [r["test_accuracy"] for r in results]
             say(f"{len(results)} seeds: test accuracy {mean(accuracies):.2f} ± {stdev(accuracies):.2f} %")
         return 0
-    except InputError as e:
+    except (InputError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except FloatingPointError as e:
-        print(f"error: {e}; the last good checkpoint is kept in {out}", file=sys.stderr)
+        print(f"error: {e}", file=sys.stderr)
         return 1
     except Stopped as e:
-        again = shlex.join(["python", sys.argv[0], "--resume", "--out", str(out)])
-        print(f"\nstopped{f'; go on with: {again}' if out and out.exists() else ''}", file=sys.stderr)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            again = shlex.join(["python", sys.argv[0], *argv, *([] if args.resume else ["--resume"])])
+            print(f"\nstopped{f'; go on with: {again}' if out and out.exists() else ''}", file=sys.stderr)
         return e.code
     finally:
         if dist.is_initialized():

@@ -185,7 +185,7 @@ def test_signals_stop_cleanly_and_say_how_to_go_on(tmp_path, number, code):
     p.send_signal(number)
     rest = p.stdout.read()
     assert p.wait(60) == code
-    assert "--resume --out" in rest and "Traceback" not in rest
+    assert "go on with: python" in rest and "--resume" in rest and "Traceback" not in rest
     state = dha.load_checkpoint(tmp_path / "run")
     assert state["epoch"] >= 1
 
@@ -236,7 +236,7 @@ def test_constraints_hold_for_the_result(tmp_path):
         assert dha.main([*TINY, "--search-epochs", "4", "--train-epochs", "0", *flags, "--out", str(out)]) == 0
         result = json.loads((out / "result.json").read_text())
         assert result["params"] <= params and result["flops"] <= flops
-        rejected += sum(not json.loads(x)["accepted"] for x in (out / "metrics.jsonl").read_text().splitlines())
+        rejected += sum(not json.loads(x).get("accepted", True) for x in (out / "metrics.jsonl").read_text().splitlines())
     assert rejected > 0
 
 
