@@ -73,7 +73,7 @@ def load_data(
     Raises InputError where data are missing or damaged.
     """
     if dataset == "shapes":
-        train, test = shapes(6000, seed=1), shapes(2000, seed=2)
+        train, test = shapes(6000, seed=1), shapes(1000, seed=2)
         classes = list(SHAPE_CLASSES)
     elif dataset in ("cifar10", "cifar100", "svhn"):
         train, test, classes = _from_torchvision(dataset, Path(data_dir))
@@ -185,23 +185,23 @@ def shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
     labels = torch.arange(count) % 10
     side = (torch.arange(32) + 0.5) / 16 - 1
-    angle, scale = uniform(-0.6, 0.6, 1, 1), uniform(0.6, 0.95, 1, 1)
-    dx = side.view(1, 1, 32) - uniform(-0.2, 0.2, 1, 1)
-    dy = side.view(1, 32, 1) - uniform(-0.2, 0.2, 1, 1)
+    angle, scale = uniform(-0.5, 0.5, 1, 1), uniform(0.65, 0.95, 1, 1)
+    dx = side.view(1, 1, 32) - uniform(-0.15, 0.15, 1, 1)
+    dy = side.view(1, 32, 1) - uniform(-0.15, 0.15, 1, 1)
     xs = (angle.cos() * dx + angle.sin() * dy) / scale  # (N, 32, 32), the figure's own coordinates
     ys = (angle.cos() * dy - angle.sin() * dx) / scale
     distance = torch.empty(count, 32, 32)
     for k in range(10):
         distance[k::10] = _edge_distance(SHAPE_CLASSES[k], xs[k::10], ys[k::10])
     mask = (0.5 - distance * scale * 16).clamp(0, 1).unsqueeze(1)  # one pixel of anti-aliasing
-    ground = uniform(0, 1, 3, 1, 1) + 0.3 * F.interpolate(uniform(-0.5, 0.5, 3, 4, 4), (32, 32), mode="bicubic")
+    ground = uniform(0, 1, 3, 1, 1) + 0.15 * F.interpolate(uniform(-0.5, 0.5, 3, 4, 4), (32, 32), mode="bicubic")
     contrast = torch.randn(count, 3, 1, 1, generator=g)
-    contrast = contrast / contrast.norm(dim=1, keepdim=True) * uniform(0.6, 1.0, 1, 1, 1)
-    figure = ground.mean((2, 3), keepdim=True) + contrast + 0.2 * F.interpolate(uniform(-0.5, 0.5, 3, 2, 2), (32, 32))
+    contrast = contrast / contrast.norm(dim=1, keepdim=True) * uniform(0.7, 1.1, 1, 1, 1)
+    figure = ground.mean((2, 3), keepdim=True) + contrast + 0.15 * F.interpolate(uniform(-0.5, 0.5, 3, 2, 2), (32, 32))
     images = ground * (1 - mask) + figure * mask
     images = images - images.amin((1, 2, 3), keepdim=True).clamp(max=0)  # into range without flattening colours
     images = images / images.amax((1, 2, 3), keepdim=True).clamp(min=1)
-    images = images + torch.randn(images.shape, generator=g) * uniform(0.005, 0.04, 1, 1, 1)
+    images = images + torch.randn(images.shape, generator=g) * uniform(0, 0.02, 1, 1, 1)
     order = torch.randperm(count, generator=g)
     return (images[order] * 255).round().clamp(0, 255).to(torch.uint8), labels[order]
 

@@ -64,7 +64,7 @@ QUICK = {  # --preset quick; everything else stays as in the paper
     "layers": 3,
     "batch_size": 64,
     "lr": 0.05,
-    "beta_lr": 4e-5,
+    "beta_lr": 1e-4,
     "beta_wd": 1e-3,
     "tau_lr": 0.3,
     "arch_lr": 3e-3,

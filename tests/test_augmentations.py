@@ -237,7 +237,8 @@ def test_gradients_equal_finite_differences(name):
     images = torch.rand(2, 3, 5, 4, dtype=torch.float64, generator=generator) * 0.4 + 0.3
     magnitude = torch.tensor([0.37, -0.61] if name in AFFINE else [0.13, -0.21], dtype=torch.float64)
     inputs = (images.requires_grad_(), magnitude.requires_grad_())
-    assert torch.autograd.gradcheck(AUGMENTATIONS[name], inputs)
+    # Sharpness along random directions: its convolution starts threads, which takes long on a busy machine.
+    assert torch.autograd.gradcheck(AUGMENTATIONS[name], inputs, fast_mode=name == "Sharpness")
 
 
 def gradients(name, images, magnitude, upstream):
