@@ -66,7 +66,7 @@ QUICK = {  # --preset quick; everything else stays as in the paper
     "lr": 0.05,
     "beta_lr": 1e-4,
     "beta_wd": 1e-3,
-    "tau_lr": 0.3,
+    "tau_lr": 0.1,
     "arch_lr": 3e-3,
     "b_scale": 0.3,  # a few hundred steps do not bring b up from 1e-3, and till then the signal drowns
     "auxiliary_weight": 0.0,
@@ -146,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--cutout", type=number(int, 0), default=16, help="side of the cutout square in pixels")
     g = parser.add_argument_group("data augmentation (DA)")
     g.add_argument("--no-da", action="store_true", help="no augmentation policy (crop, flip and cutout stay)")
-    g.add_argument("--tau-lr", type=number(float, 0), default=0.002, help="learning rate of tau in Eq. 2")
+    g.add_argument("--tau-lr", type=number(float, 0), default=5e-4, help="learning rate of tau in Eq. 2")
     g = parser.add_argument_group("hyper-parameters (HPO)")
     g.add_argument("--no-hpo", action="store_true", help="keep lr and wd; lr falls by cosine once the search is over")
     g.add_argument("--beta-lr", type=number(float, 0), default=1e-5, help="beta of Eq. 3 for the learning rate")

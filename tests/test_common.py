@@ -475,7 +475,7 @@ def test_load_shapes_limits_and_image_size(monkeypatch):
 
     monkeypatch.setattr(common, "shapes", fewer)
     whole = load_data("shapes")
-    assert [count for count, _ in asked] == [6000, 2000] and asked[0][1] != asked[1][1]
+    assert [count for count, _ in asked] == [6000, 1000] and asked[0][1] != asked[1][1]
     assert [len(x) for x in whole[:4]] == [600, 600, 200, 200]
     assert whole.classes == list(SHAPE_CLASSES) and len(set(SHAPE_CLASSES)) == 10
     few = load_data("shapes", limit_train=50, limit_test=20)
