@@ -476,7 +476,7 @@ def test_load_shapes_limits_and_image_size(monkeypatch):
     monkeypatch.setattr(common, "shapes", fewer)
     whole = load_data("shapes")
     assert [count for count, _ in asked] == [6000, 1000] and asked[0][1] != asked[1][1]
-    assert [len(x) for x in whole[:4]] == [600, 600, 200, 200]
+    assert [len(x) for x in whole[:4]] == [600, 600, 100, 100]
     assert whole.classes == list(SHAPE_CLASSES) and len(set(SHAPE_CLASSES)) == 10
     few = load_data("shapes", limit_train=50, limit_test=20)
     assert [len(x) for x in few[:4]] == [50, 50, 20, 20]
