@@ -175,7 +175,7 @@ def shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """A generated data set that takes a network to learn: one of 10 figures on a cluttered ground, 32x32.
 
     Colour, position, scale, rotation, background and noise all vary. Measured with 6,000 training images: a linear
-    classifier on the pixels stays under 20 %, a small convolutional network passes 90 %.
+    classifier on the pixels reaches 26 %, a small convolutional network passes 85 %.
     Returns images uint8 (count, 3, 32, 32) and labels int64 (count,), the same for the same count and seed.
     """
     g = torch.Generator().manual_seed(seed)
