@@ -38,6 +38,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from statistics import mean, stdev
@@ -56,7 +57,7 @@ from common import PRIMITIVES, Data, FactorizedReduce, Genotype, InputError, Net
 # Flags
 # ---------------------------------------------------------------------------------------------------------------
 
-QUICK = {  # --preset quick; everything else stays as in the paper
+DHA_QUICK = {  # --preset quick; everything else stays as in the paper
     "dataset": "shapes",
     "search_epochs": 3,
     "train_epochs": 5,
@@ -64,11 +65,11 @@ QUICK = {  # --preset quick; everything else stays as in the paper
     "layers": 3,
     "batch_size": 64,
     "lr": 0.05,
-    "beta_lr": 1e-4,
+    "beta_lr": 3e-4,
     "beta_wd": 1e-3,
-    "tau_lr": 0.1,
+    "tau_lr": 0.25,
     "arch_lr": 3e-3,
-    "b_scale": 0.3,  # a few hundred steps do not bring b up from 1e-3, and till then the signal drowns
+    "b_scale": 0.1,  # a few hundred steps do not bring b up from 1e-3, and till then the signal drowns
     "auxiliary_weight": 0.0,
     "drop_path": 0.0,
     "cutout": 0,
@@ -112,14 +113,15 @@ def number(kind: type, low: float, high: float = math.inf):
     return convert
 
 
-def build_parser() -> argparse.ArgumentParser:
+def parse_args(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
+    """The settings, and the names of those that the command line gave itself."""
     formatter = lambda prog: Formatter(prog, max_help_position=34, width=110)
     parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=formatter, allow_abbrev=False)
     g = parser.add_argument_group("what to run")
     g.add_argument("--preset", choices=["paper", "quick"], default="paper", help="settings; explicit flags win over it")
     g.add_argument("--seed", type=number(int, 0), default=0, help="seed of everything random")
     g.add_argument("--repeats", type=number(int, 1), default=1, help="run seeds S..S+R-1 and report mean and std")
-    g.add_argument("--out", help="run directory (default: runs/dha-<dataset>-seed<seed>)")
+    g.add_argument("--out", help="run directory (default: runs/<script>-<dataset>-seed<seed>)")
     g.add_argument("--resume", action="store_true", help="continue the run in --out, or start it if there is none")
     g.add_argument("--evaluate", metavar="DIR", help="print the test accuracy of the finished run in DIR and stop")
     g = parser.add_argument_group("data")
@@ -138,8 +140,8 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--batch-size", type=number(int, 2), default=96, help="images a step, over all GPUs")
     g.add_argument("--channels", type=number(int, 2), default=36, help="channels of the first cells (even)")
     g.add_argument("--layers", type=number(int, 3), default=20, help="cells; reductions at 1/3 and 2/3")
-    g.add_argument("--lr", type=number(float, 0), default=0.025, help="learning rate, with HPO its first value")
-    g.add_argument("--weight-decay", type=number(float, 0), default=3e-4, help="weight decay, with HPO its first value")
+    g.add_argument("--lr", type=number(float, 0), default=0.025, help="learning rate at the start")
+    g.add_argument("--weight-decay", type=number(float, 0), default=3e-4, help="weight decay at the start")
     g.add_argument("--grad-clip", type=number(float, 1e-6), default=5.0, help="largest norm of the weights' gradient")
     g.add_argument("--auxiliary-weight", type=number(float, 0), default=0.4, help="loss weight of the auxiliary head")
     g.add_argument("--drop-path", type=number(float, 0, 0.99), default=0.2, help="drop-path at the end of training")
@@ -159,15 +161,11 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--freeze-distance", type=number(float, 0), default=1e-3, help="a node freezes if alpha moved no more")
     g.add_argument("--max-params", type=number(int, 1), help="reject supports whose network has more parameters (Eq. 1)")
     g.add_argument("--max-flops", type=number(int, 1), help="reject supports with more multiply-adds an image (Eq. 1)")
-    return parser
 
-
-def parse_args(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
-    """The settings, and the names of those that the command line gave itself."""
-    parser, first = build_parser(), Parser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
     if first.parse_known_args(argv)[0].preset == "quick":
-        parser.set_defaults(**QUICK)
+        parser.set_defaults(**DHA_QUICK)
     args = parser.parse_args(argv)
     words = {word.split("=")[0] for word in argv}
     explicit = {action.dest for action in parser._actions if words & set(action.option_strings)}
@@ -182,6 +180,15 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
     if not args.no_hpo and args.weight_decay > WD_RANGE[1]:
         parser.error(f"--weight-decay must lie in {list(WD_RANGE)} where Eq. 3 learns it; or give --no-hpo")
     return args, explicit
+
+
+def note_unused(args: argparse.Namespace, explicit: set[str], unused: dict[str, str]) -> None:
+    """Say which flags were given in vain. unused: a switch, and the names that mean nothing once it is on."""
+    flag = lambda name: "--" + name.replace("_", "-")
+    for switch, names in unused.items():
+        for name in names.split():
+            if getattr(args, switch) and name in explicit:
+                say(f"note: {flag(name)} does nothing with {flag(switch)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -829,11 +836,12 @@ def train_step(s: Search, images: Tensor, labels: Tensor, args: argparse.Namespa
     if not args.no_da:
         policy_loss(s.tau, pairs, losses).backward()  # Eq. (2)
     active = [i for i, p in enumerate(s.theta) if p.grad is not None]
-    average_gradients([s.theta[i] for i in active] + ([s.net.b] if s.searching else []), s.tau)
+    tau = [] if args.no_da else [s.tau]
+    average_gradients([s.theta[i] for i in active] + ([s.net.b] if s.searching else []) + tau)
 
     if not args.no_da:
         with torch.no_grad():
-            s.tau -= args.tau_lr * s.tau.grad
+            s.tau -= args.tau_lr * processes() * s.tau.grad  # Eq. (2) sums over the batch, whoever computed it
     if s.searching:
         s.b_optimizer.step()
     if not args.no_hpo and s.updated:
@@ -855,16 +863,14 @@ def train_step(s: Search, images: Tensor, labels: Tensor, args: argparse.Namespa
 
 
 @torch.no_grad()
-def average_gradients(params: list[Tensor], tau: Tensor) -> None:
-    """Under torchrun: the mean of the processes' gradients in place; for tau, whose loss is a sum, the sum."""
+def average_gradients(params: list[Tensor]) -> None:
+    """Under torchrun: every gradient becomes the mean over the processes, in place."""
     if not dist.is_initialized():
         return
     gradient = flat([p.grad for p in params])
     dist.all_reduce(gradient)
     for p, g in zip(params, gradient.div_(dist.get_world_size()).split([p.numel() for p in params])):
         p.grad.copy_(g.view_as(p))
-    if tau.grad is not None:
-        dist.all_reduce(tau.grad)
 
 
 @torch.no_grad()
@@ -914,7 +920,7 @@ def load_checkpoint(out: Path) -> dict | None:
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         try:
             state = torch.load(out / name, map_location="cpu", weights_only=True)
-            state["search"], state["epoch"], state["history"], state["trace"], state["search_seconds"]
+            state["epoch"], state["history"]
             if damaged:
                 say(f"warning: {damaged[0]} cannot be read; going on from {out / name}, epoch {state['epoch']}")
             return state
@@ -1027,7 +1033,7 @@ def settings_of(args: argparse.Namespace, explicit: set[str], out: Path) -> argp
         about = read_json(config)
         saved = about.get("args", {})
         if saved.keys() != vars(args).keys():
-            raise InputError(f"{config} is not of this version of dha.py: choose a new --out")
+            raise InputError(f"{config} is not of this version of {Path(__file__).name}: choose a new --out")
         for name in sorted(explicit - free):
             if getattr(args, name) != saved[name]:
                 flag = "--" + name.replace("_", "-")
@@ -1050,7 +1056,7 @@ def create_run(args: argparse.Namespace, out: Path) -> None:
     except OSError as e:
         raise InputError(f"cannot make the run directory {out}: {e}") from e
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
-    about = {"script": "dha.py", "command": shlex.join(sys.argv), "args": vars(args), "versions": versions}
+    about = {"script": Path(__file__).name, "command": shlex.join(sys.argv), "args": vars(args), "versions": versions}
     about |= {"git_commit": git_commit(), "machine": platform.platform(), "processes": processes()}
     write(out / "config.json", json.dumps(about, indent=1) + "\n")
 
@@ -1081,22 +1087,25 @@ def check_data(args: argparse.Namespace, data: Data) -> None:
         raise InputError(f"images of {H} pixels are too small for the auxiliary head: give --auxiliary-weight 0")
 
 
-def warn_of_days(args: argparse.Namespace, data: Data, device: torch.device) -> None:
-    """On a CPU with the paper's settings: measure a step and say what is ahead."""
-    images = min(len(data.train_images), args.batch_size)
-    say(f"measuring a step of {images} images on this CPU ...")
-    s = Search(args, data, device)
-    start = time.time()
-    train_step(s, data.train_images[:images], data.train_labels[:images], args)
-    step = time.time() - start
-    epochs = args.search_epochs * (not args.genotype) + args.train_epochs
-    total = step * epochs * max(1, len(data.train_images) // images)
-    if total < 3600:
-        return
-    say(
-        f"warning: a step takes {step:.1f} s, so {epochs} epochs would take {duration(total)} on this CPU. "
-        "--preset quick takes minutes; the paper's settings want a GPU (--gpu 0)."
-    )
+def warn_of_days(seconds: float, steps: int) -> None:
+    """Say what is ahead of somebody who trains on a CPU: `steps` steps of `seconds` each."""
+    if seconds * steps > 3600:
+        say(
+            f"warning: a step takes {seconds:.1f} s, and {steps:,} of them {duration(seconds * steps)} on this CPU. "
+            "--preset quick takes minutes; the paper's settings want a GPU (--gpu 0)."
+        )
+
+
+def seed_epoch(seed: int, epoch: int, rank: int) -> torch.Generator:
+    """Seed everything random of one epoch, so that a resumed run needs no generator's state; returns the one that
+    orders the images, which is the same in every process."""
+    torch.manual_seed((seed * 100_003 + epoch) * 1_009 + rank)
+    return torch.Generator().manual_seed(seed * 100_003 + epoch)
+
+
+def cosine(start: float, end: float, share: float) -> float:
+    """From start to end along half a cosine, as share goes from 0 to 1."""
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
 def run(args: argparse.Namespace, out: Path, device: torch.device) -> dict:
@@ -1107,8 +1116,16 @@ def run(args: argparse.Namespace, out: Path, device: torch.device) -> dict:
         return read_json(out / "result.json")
     data = load_data(args, device)
     check_data(args, data)
+    N, B = len(data.train_images), min(args.batch_size, len(data.train_images))
+    if B % world:
+        raise InputError(f"--batch-size {B} must be a multiple of the {world} processes")
+    steps = N // B
     if args.preset == "paper" and device.type == "cpu" and world == 1:
-        warn_of_days(args, data, device)
+        say(f"measuring a step of {B} images on this CPU ...")
+        trial, start = Search(args, data, device), time.time()
+        train_step(trial, data.train_images[:B], data.train_labels[:B], args)
+        warn_of_days(time.time() - start, steps * (args.search_epochs * trial.searching + args.train_epochs))
+        del trial
 
     torch.manual_seed(args.seed)
     s = Search(args, data, device)
@@ -1122,10 +1139,6 @@ def run(args: argparse.Namespace, out: Path, device: torch.device) -> dict:
             s.net.recover(args.lasso)
         else:
             raise InputError("30 random architectures all broke --max-params or --max-flops: raise them")
-    N, B = len(data.train_images), min(args.batch_size, len(data.train_images))
-    if B % world:
-        raise InputError(f"--batch-size {B} must be a multiple of the {world} processes")
-    steps = N // B
     epoch, search_end, history, seconds, search_seconds = 0, None if s.searching else 0, [], 0.0, 0.0
     trace = torch.zeros(0, 2)  # lr and wd after every step
     if state := load_checkpoint(out):
@@ -1146,10 +1159,8 @@ def run(args: argparse.Namespace, out: Path, device: torch.device) -> dict:
         trained = 0 if searching else (epoch - search_end) / args.train_epochs  # share of the training phase, 0 to 1
         s.net.drop_path_prob = args.drop_path * trained
         if args.no_hpo:  # ISTA-NAS' schedule: constant while searching, then cosine to lr / 25
-            s.lr.fill_(args.lr * (1 / 25 + (1 - 1 / 25) * (1 + math.cos(math.pi * trained)) / 2))
-        # Every epoch seeds itself, so a resumed run needs no generator's state and has the same numbers.
-        order = torch.randperm(N, generator=torch.Generator().manual_seed(args.seed * 100_003 + epoch)).to(device)
-        torch.manual_seed((args.seed * 100_003 + epoch) * 1_009 + rank)
+            s.lr.fill_(cosine(args.lr, args.lr / 25, trained))
+        order = torch.randperm(N, generator=seed_epoch(args.seed, epoch, rank)).to(device)
         sums, rates = torch.zeros(2, device=device), torch.zeros(steps, 2, device=device)
         broken = torch.full((), -1, device=device)  # the first step whose loss was not finite
         progress = Progress(f"epoch {epoch + 1}/{last} {'search' if searching else 'train'}", steps)
@@ -1295,7 +1306,10 @@ def finish(
         "seconds": round(seconds[0], 1),
         "search_seconds": round(seconds[1], 1),
     }
-    draw(out, history, trace, None if args.no_da else p, genotype)
+    try:
+        draw(out, history, trace, None if args.no_da else p, genotype)
+    except Exception as e:  # whatever matplotlib raises: a trained network is not lost for a picture
+        say(f"warning: not all figures could be drawn: {type(e).__name__}: {e}")
     write(out / "result.json", json.dumps(result, indent=1) + "\n")
     return result
 
@@ -1330,12 +1344,12 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn
     return net.to(device).eval(), info
 
 
-def evaluate_run(args: argparse.Namespace, explicit: set[str], device: torch.device) -> None:
+def evaluate_run(args: argparse.Namespace, explicit: set[str], device: torch.device, load: Callable) -> None:
     """--evaluate: the test accuracy of a finished run, on its own data set or another with the same classes."""
     run_dir = Path(args.evaluate)
     if not run_dir.is_dir():
         raise InputError(f"there is no run directory {run_dir}")
-    net, info = load_model(run_dir / "model.pt", device)
+    net, info = load(run_dir / "model.pt", device)
     saved = read_json(run_dir / "config.json")["args"]
     for name in {"dataset", "data_dir", "image_size", "limit_train", "limit_test"} - explicit:
         setattr(args, name, saved[name])
@@ -1452,13 +1466,15 @@ def main(argv: list[str] | None = None) -> int:
     args, explicit = parse_args(argv)
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
+    search_flags = "search_epochs arch_lr b_scale lasso freeze_distance"
     out = None
     try:
+        note_unused(args, explicit, {"no_da": "tau_lr", "no_hpo": "beta_lr beta_wd", "genotype": search_flags})
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             backend = "gloo" if args.gpu == -1 or not torch.cuda.is_available() else "nccl"
             dist.init_process_group(backend, timeout=timedelta(hours=2))  # long enough for a download
         if args.evaluate:
-            evaluate_run(args, explicit, choose_device(args.gpu))
+            evaluate_run(args, explicit, choose_device(args.gpu), load_model)
             return 0
         if args.genotype:  # the genotype itself, so that a run does not depend on the file
             args.genotype = str(common.load_genotype(args.genotype))
@@ -1498,14 +1514,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def summarize(result: dict, out: Path) -> None:
-    say(f"""
-test accuracy  {result["test_accuracy"]:.2f} %
-genotype       {result["genotype"]}
-parameters     {result["params"]:,}
-FLOPs          {result["flops"]:,} multiply-adds an image
-time           {duration(result["seconds"])}, search {duration(result["search_seconds"])}
-files          {out}/
-evaluate with  python {sys.argv[0]} --evaluate {shlex.quote(str(out))}""")
+    """The last words of a run."""
+    lines = {"genotype": result["genotype"], "parameters": f"{result['params']:,}"}
+    lines |= {"FLOPs": f"{result['flops']:,} multiply-adds an image"}
+    lines |= {"time": f"{duration(result['seconds'])}, search {duration(result['search_seconds'])}", "files": f"{out}/"}
+    if "test_accuracy" in result:
+        lines = {"test accuracy": f"{result['test_accuracy']:.2f} %"} | lines
+        lines |= {"evaluate with": f"python {sys.argv[0]} --evaluate {shlex.quote(str(out))}"}
+    say("\n" + "\n".join(f"{name:14s} {value}" for name, value in lines.items()))
 
 
 if __name__ == "__main__":

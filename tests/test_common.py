@@ -130,6 +130,7 @@ BAD_GENOTYPES = {
     "JSON without reduce": '{"normal": [["skip_connect", 0], ["skip_connect", 1]], "normal_concat": [2]}',
     "JSON null": GOOD_JSON.replace("[2, 3, 4, 5]", "null", 1),
     "JSON infinity": GOOD_JSON.replace('["sep_conv_3x3", 1]', '["sep_conv_3x3", Infinity]', 1),
+    "state between two": GOOD_JSON.replace('["sep_conv_3x3", 1]', '["sep_conv_3x3", 0.5]', 1),
     "deeply nested": '{"normal": ' + "[" * 100_000,
 }
 
@@ -144,10 +145,10 @@ def test_bad_genotypes_are_refused(text, tmp_path):
         load_genotype(tmp_path / "cell.txt")
 
 
-@pytest.mark.parametrize("kind", ["no such file", "a directory", "binary", "its text"])
+@pytest.mark.parametrize("kind", ["no such file", "a directory", "binary", "its text", "no path"])
 def test_genotype_files_that_cannot_be_used(kind, tmp_path):
     (tmp_path / "binary").write_bytes(bytes(range(256)))
-    path = {"a directory": tmp_path, "binary": tmp_path / "binary", "its text": GOOD}.get(kind, tmp_path / "missing")
+    path = {"a directory": tmp_path, "binary": tmp_path / "binary", "its text": GOOD, "no path": "a\0b"}.get(kind, tmp_path / "missing")
     with pytest.raises(InputError):
         load_genotype(path)
 
@@ -554,14 +555,16 @@ def test_folder_image_kinds(tmp_path):
         put(tmp_path / split / "x" / "d.png", Image.fromarray(bits))
         put(tmp_path / split / "x" / "e.jpg", smooth)
         put(tmp_path / split / "x" / "f.JPEG", gray)
+        put(tmp_path / split / "x" / "g.png", Image.fromarray(gray.astype(np.uint16) * 257))
     data = load_data("folder", tmp_path)
     got = data.train_images.permute(0, 2, 3, 1).numpy()
-    assert got.shape == (6, 8, 8, 3)
+    assert got.shape == (7, 8, 8, 3)
     colours = np.array(palette.getpalette()).reshape(-1, 3)
     for image, want in zip(got, (np.stack([gray] * 3, -1), colours[np.asarray(palette)], alpha[..., :3])):
         assert np.array_equal(image, want)
     assert np.array_equal(got[3], np.stack([bits * 255] * 3, -1))
     assert np.abs(got[4].astype(int) - smooth).max() <= 3
+    assert np.array_equal(got[6], np.stack([gray] * 3, -1))
     assert (got[5][..., 0] == got[5][..., 1]).all() and np.corrcoef(got[5][..., 0].flat, gray.flat)[0, 1] > 0.8
 
 

@@ -192,16 +192,17 @@ def test_signals_stop_cleanly_and_say_how_to_go_on(tmp_path, number, code):
 
 def test_parts_can_be_switched_off(tmp_path, capsys):
     flags = [*SHORT, "--no-da", "--no-hpo", "--out", str(tmp_path / "a")]
-    assert dha.main(flags) == 0
+    assert dha.main([*flags, "--tau-lr", "0.1"]) == 0
+    assert "--tau-lr does nothing with --no-da" in capsys.readouterr().out
     lines = [json.loads(x) for x in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
-    assert [x["lr"] for x in lines] == pytest.approx([0.05] * 3) and lines[0]["entropy"] is None
+    assert [x["lr"] for x in lines] == pytest.approx([dha.DHA_QUICK["lr"]] * 3) and lines[0]["entropy"] is None
     assert not (tmp_path / "a" / "policy.json").exists()
 
     known = [*TINY, "--genotype", "DARTS_V2", "--train-epochs", "2", "--auxiliary-weight", "0.4", "--drop-path", "0.2"]
     assert dha.main([*known, "--no-hpo", "--out", str(tmp_path / "b")]) == 0
     assert common.load_genotype(tmp_path / "b" / "genotype.json") == common.GENOTYPES["DARTS_V2"]
     lines = [json.loads(x) for x in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
-    assert lines[1]["lr"] == pytest.approx(0.05 * (0.04 + 0.96 / 2))  # half the cosine
+    assert lines[1]["lr"] == pytest.approx(dha.DHA_QUICK["lr"] * (0.04 + 0.96 / 2))  # half the cosine
     result = json.loads((tmp_path / "b" / "result.json").read_text())
     net = common.Network(common.GENOTYPES["DARTS_V2"], 10, 4, 3)
     assert result["params"] == common.count_parameters(net) and result["search_epochs"] == 0
@@ -252,6 +253,13 @@ def test_runs_without_matplotlib_and_tqdm(tmp_path, monkeypatch, capsys):
     assert dha.main([*SHORT, "--out", str(tmp_path / "run")]) == 0
     assert capsys.readouterr().out.count("matplotlib is missing") == 1
     assert (tmp_path / "run" / "result.json").exists() and not list((tmp_path / "run").glob("*.png"))
+
+
+def test_a_figure_that_cannot_be_drawn_costs_no_result(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "draw_cell", lambda *args: 1 / 0)
+    assert dha.main([*SHORT, "--out", str(tmp_path / "run")]) == 0
+    assert "ZeroDivisionError" in capsys.readouterr().out
+    assert (tmp_path / "run" / "result.json").exists()
 
 
 def test_two_processes_train_one_network(tmp_path):
