@@ -309,7 +309,9 @@ def _known(normal: str, reduce: str) -> Genotype:
 GENOTYPES = {  # "sep31" is sep_conv_3x3 from state 1
     "DARTS_V1": _known("sep31 sep30 skip0 sep31 skip0 sep31 sep30 skip2", "max0 max1 skip2 max0 max0 skip2 skip2 avg0"),
     "DARTS_V2": _known("sep30 sep31 sep30 sep31 sep31 skip0 skip0 dil32", "max0 max1 skip2 max1 max0 skip2 skip2 max1"),
-    "PDARTS": _known("skip0 dil31 skip0 sep31 sep31 sep33 sep30 dil54", "avg0 sep51 sep30 dil52 max0 dil31 dil31 dil53"),
+    "PDARTS": _known(
+        "skip0 dil31 skip0 sep31 sep31 sep33 sep30 dil54", "avg0 sep51 sep30 dil52 max0 dil31 dil31 dil53"
+    ),
     "PC_DARTS_cifar": _known(
         "sep31 skip0 sep30 dil31 sep50 sep31 avg0 dil31", "sep51 max0 sep51 sep52 sep30 sep33 sep31 sep32"
     ),
@@ -396,7 +398,10 @@ class FactorizedReduce(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))  # so that both halves have one size at odd sides
-        halves = F.relu(x[:, :, ::2, ::2]), F.relu(x[:, :, 1::2, 1::2])  # a stride of 2, before all work instead of in it
+        halves = (
+            F.relu(x[:, :, ::2, ::2]),
+            F.relu(x[:, :, 1::2, 1::2]),
+        )  # a stride of 2, before all work instead of in it
         return self.bn(torch.cat([self.conv1(halves[0]), self.conv2(halves[1])], 1))
 
 

@@ -135,7 +135,9 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
     g.add_argument("--gpu", type=number(int, -1), help="GPU number, -1 for the CPU (default: 0 if there is one)")
     g.add_argument("--amp", action="store_true", help="bfloat16 autocast (GPU only)")
     g = parser.add_argument_group("network and training")
-    g.add_argument("--search-epochs", type=number(int, 1), default=120, help="most epochs until the architecture is fixed")
+    g.add_argument(
+        "--search-epochs", type=number(int, 1), default=120, help="most epochs until the architecture is fixed"
+    )
     g.add_argument("--train-epochs", type=number(int, 0), default=600, help="epochs after it is fixed, same weights")
     g.add_argument("--batch-size", type=number(int, 2), default=96, help="images a step, over all GPUs")
     g.add_argument("--channels", type=number(int, 2), default=36, help="channels of the first cells (even)")
@@ -154,12 +156,18 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
     g.add_argument("--beta-lr", type=number(float, 0), default=1e-5, help="beta of Eq. 3 for the learning rate")
     g.add_argument("--beta-wd", type=number(float, 0), default=1e-5, help="beta of Eq. 3 for the weight decay")
     g = parser.add_argument_group("architecture (NAS)")
-    g.add_argument("--genotype", metavar="NAME|FILE", help=f"no search, train this: {', '.join(common.GENOTYPES)} or a file")
+    g.add_argument(
+        "--genotype", metavar="NAME|FILE", help=f"no search, train this: {', '.join(common.GENOTYPES)} or a file"
+    )
     g.add_argument("--arch-lr", type=number(float, 0), default=3e-4, help="Adam's learning rate for b")
     g.add_argument("--b-scale", type=number(float, 1e-9), default=1e-3, help="standard deviation of b's first values")
     g.add_argument("--lasso", type=number(float, 1e-12), default=1e-5, help="lambda of Eq. 4")
-    g.add_argument("--freeze-distance", type=number(float, 0), default=1e-3, help="a node freezes if alpha moved no more")
-    g.add_argument("--max-params", type=number(int, 1), help="reject supports whose network has more parameters (Eq. 1)")
+    g.add_argument(
+        "--freeze-distance", type=number(float, 0), default=1e-3, help="a node freezes if alpha moved no more"
+    )
+    g.add_argument(
+        "--max-params", type=number(int, 1), help="reject supports whose network has more parameters (Eq. 1)"
+    )
     g.add_argument("--max-flops", type=number(int, 1), help="reject supports with more multiply-adds an image (Eq. 1)")
 
     first = Parser(add_help=False, allow_abbrev=False)
@@ -1037,7 +1045,9 @@ def settings_of(args: argparse.Namespace, explicit: set[str], out: Path) -> argp
         for name in sorted(explicit - free):
             if getattr(args, name) != saved[name]:
                 flag = "--" + name.replace("_", "-")
-                raise InputError(f"{out} was started with {flag} {saved[name]}: leave {flag} out, or choose a new --out")
+                raise InputError(
+                    f"{out} was started with {flag} {saved[name]}: leave {flag} out, or choose a new --out"
+                )
         if about.get("processes") != processes():
             raise InputError(f"{out} was started with {about.get('processes')} processes: resume it with as many")
         return argparse.Namespace(**(saved | {name: getattr(args, name) for name in explicit & free}))
@@ -1380,7 +1390,7 @@ def draw(out: Path, history: list[dict], trace: Tensor, p: Tensor | None, genoty
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 150})
     epochs = [r["epoch"] for r in history]
     search_end = sum(r["phase"] == "search" for r in history)
-    blue, orange, green = "#0072B2", "#D55E00", "#009E73"
+    blue, orange = "#0072B2", "#D55E00"
 
     def save(figure, name: str) -> None:
         figure.savefig(out / name, bbox_inches="tight")

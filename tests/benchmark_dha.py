@@ -1,7 +1,7 @@
 """What the parts of DHA cost: both sides of every comparison in turn, in one process; prints ratios, asserts nothing.
 
-    python tests/benchmark_dha.py                                    # C=36, L=20, batch 96: minutes on a GPU, an hour on 2 cores
-    python tests/benchmark_dha.py --channels 16 --layers 8 --rounds 5
+python tests/benchmark_dha.py                                    # C=36, L=20, batch 96: minutes on a GPU, an hour on 2 cores
+python tests/benchmark_dha.py --channels 16 --layers 8 --rounds 5
 """
 
 import argparse
@@ -51,7 +51,9 @@ def main() -> None:
     sides = {
         "step, DA + HPO + NAS": lambda: dha.train_step(full[0], images, labels, full[1]),
         "step, NAS only": lambda: dha.train_step(bare[0], images, labels, bare[1]),
-        "policy: draw pairs, two operations an image": lambda: dha.apply_pairs(x, dha.sample_pairs(full[0].tau, len(x))),
+        "policy: draw pairs, two operations an image": lambda: dha.apply_pairs(
+            x, dha.sample_pairs(full[0].tau, len(x))
+        ),
         "ISTA, all nodes": lambda: full[0].net.recover(),
     }
     times: dict[str, list[float]] = {name: [] for name in sides}

@@ -10,13 +10,21 @@ from PIL import Image, ImageEnhance, ImageOps
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.autoaugment import _apply_op
 
-from dha import AUGMENTATIONS, SIGNED, apply_each
+import dha
+import joint_darts_faa
+from dha import SIGNED, apply_each
+
+# A name in both scripts is the same function (test_copies.py).
+AUGMENTATIONS = dha.AUGMENTATIONS | joint_darts_faa.AUGMENTATIONS
 
 NAMES = (
     "AutoContrast Equalize Rotate Posterize Solarize Color Contrast Brightness Sharpness "
     "ShearX ShearY TranslateX TranslateY Identity"
 ).split()
-WITH_MAGNITUDE = [name for name in NAMES if name not in ("AutoContrast", "Equalize")]
+JOINT = [name for name in NAMES if name != "Identity"] + ["HorizontalFlip", "Invert", "SamplePairing"]
+ALL = NAMES + JOINT[-3:]
+WITHOUT_MAGNITUDE = ["AutoContrast", "Equalize", "HorizontalFlip", "Invert"]
+WITH_MAGNITUDE = [name for name in ALL if name not in WITHOUT_MAGNITUDE]
 AFFINE = ["ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"]
 BLENDS = ["Brightness", "Color", "Contrast", "Sharpness"]
 KINDS = ["uniform", "low contrast", "constant", "dark", "two levels"]
@@ -52,7 +60,8 @@ def random_magnitude(name, count, seed=0, dtype=torch.float32):
 
 
 def test_names_and_signs():
-    assert sorted(AUGMENTATIONS) == sorted(NAMES)
+    assert sorted(dha.AUGMENTATIONS) == sorted(NAMES)
+    assert sorted(joint_darts_faa.AUGMENTATIONS) == sorted(JOINT)
     assert SIGNED == {*AFFINE, *BLENDS}
 
 
@@ -65,6 +74,8 @@ PIL_EXACT = {
     "Solarize": lambda image, m: ImageOps.solarize(image, round(255 * (1 - m), 6) if m else 256),
     "AutoContrast": lambda image, m: ImageOps.autocontrast(image),
     "Equalize": lambda image, m: ImageOps.equalize(image),
+    "Invert": lambda image, m: ImageOps.invert(image),
+    "HorizontalFlip": lambda image, m: ImageOps.mirror(image),
 }
 # 0.2 and 0.6 put the threshold of Solarize on a level of the image.
 EXACT_MAGNITUDES = [0.0, 0.05, 0.2, 0.3, 0.45, 0.6, 0.77, 0.9, 1.0]
@@ -100,6 +111,16 @@ def test_blends_are_within_one_level_of_pil(name, size):
     got = to_levels(AUGMENTATIONS[name](to_tensor(arrays), torch.tensor(magnitudes)))
     for array, m, levels in zip(arrays, magnitudes, got):
         want = np.asarray(PIL_BLEND[name](Image.fromarray(array)).enhance(1 + 0.9 * m)).astype(int)
+        assert np.abs(levels - want).max() <= 1, m
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_sample_pairing_is_a_blend_with_the_next_image(size):
+    arrays, magnitudes = batch_of_all(size, [0.0, 0.2, 0.7, 1.0])
+    got = to_levels(AUGMENTATIONS["SamplePairing"](to_tensor(arrays), torch.tensor(magnitudes)))
+    for i, (array, m, levels) in enumerate(zip(arrays, magnitudes, got)):
+        other = Image.fromarray(arrays[(i + 1) % len(arrays)])
+        want = np.asarray(Image.blend(Image.fromarray(array), other, 0.4 * m)).astype(int)
         assert np.abs(levels - want).max() <= 1, m
 
 
@@ -167,7 +188,7 @@ def test_affine_directions(name):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL[:-1])
 def test_each_image_has_its_own_magnitude(name):
     images = torch.cat([to_tensor(pictures((19, 23))), torch.rand(3, 3, 19, 23)])
     magnitude = random_magnitude(name, len(images), seed=3)
@@ -192,7 +213,7 @@ def test_magnitude_zero_is_the_identity(name, size, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (13, 10)], ids=str)
 def test_range_shape_dtype_and_no_side_effects(name, size, dtype):
     generator = torch.Generator().manual_seed(0)
@@ -212,7 +233,7 @@ def test_range_shape_dtype_and_no_side_effects(name, size, dtype):
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "expanded", "strided"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_memory_layout_does_not_matter(name, layout):
     images = torch.rand(4, 3, 8, 6, generator=torch.Generator().manual_seed(0))
     images = {
@@ -230,7 +251,7 @@ def test_memory_layout_does_not_matter(name, layout):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", AFFINE + BLENDS)
+@pytest.mark.parametrize("name", AFFINE + BLENDS + ["SamplePairing"])
 def test_gradients_equal_finite_differences(name):
     """Away from kinks: no value is clamped, no point of the affine ones lies on a pixel centre."""
     generator = torch.Generator().manual_seed(0)
@@ -261,7 +282,7 @@ def test_image_gradient_is_that_of_the_identity(name, batch):
     assert torch.equal(gradients(name, images, magnitude, upstream)[0], upstream)
 
 
-@pytest.mark.parametrize("name", ["AutoContrast", "Equalize", "Identity"])
+@pytest.mark.parametrize("name", [*WITHOUT_MAGNITUDE, "Identity"])
 def test_no_gradient_for_a_magnitude_without_effect(name, batch):
     gradient = gradients(name, *batch)[1]
     assert gradient is None or not gradient.any()
@@ -290,7 +311,7 @@ def test_solarize_image_gradient_has_the_sign_of_the_pixel(batch):
 @pytest.mark.parametrize("device", DEVICES)
 def test_apply_each_is_the_named_operation_on_each_image(device):
     generator = torch.Generator().manual_seed(0)
-    names = list(AUGMENTATIONS)
+    names = list(dha.AUGMENTATIONS)
     choice = (torch.arange(3 * 14) % 14)[torch.randperm(3 * 14, generator=generator)]
     images = torch.rand(len(choice), 3, 16, 11, generator=generator)
     magnitude = torch.rand(len(choice), generator=generator)
@@ -310,7 +331,7 @@ def test_apply_each_on_few_images():
     for count, k in ((1, 3), (5, 8)):
         images, magnitude = torch.rand(count, 3, 8, 8), torch.full((count,), 0.7)
         out = apply_each(images, torch.full((count,), k), magnitude)
-        assert torch.equal(out, AUGMENTATIONS[list(AUGMENTATIONS)[k]](images, magnitude))
+        assert torch.equal(out, dha.AUGMENTATIONS[list(dha.AUGMENTATIONS)[k]](images, magnitude))
 
 
 def test_smoothing_kernel_of_sharpness_is_written_out():

@@ -24,6 +24,7 @@ from common import (
     PRIMITIVES,
     SHAPE_CLASSES,
     Cell,
+    DepthwiseConv,
     FactorizedReduce,
     Genotype,
     InputError,
@@ -148,7 +149,9 @@ def test_bad_genotypes_are_refused(text, tmp_path):
 @pytest.mark.parametrize("kind", ["no such file", "a directory", "binary", "its text", "no path"])
 def test_genotype_files_that_cannot_be_used(kind, tmp_path):
     (tmp_path / "binary").write_bytes(bytes(range(256)))
-    path = {"a directory": tmp_path, "binary": tmp_path / "binary", "its text": GOOD, "no path": "a\0b"}.get(kind, tmp_path / "missing")
+    path = {"a directory": tmp_path, "binary": tmp_path / "binary", "its text": GOOD, "no path": "a\0b"}.get(
+        kind, tmp_path / "missing"
+    )
     with pytest.raises(InputError):
         load_genotype(path)
 
@@ -336,6 +339,21 @@ def test_strided_dilated_convolution_equals_the_plain_one(k, size):
     upstream = torch.randn_like(outs[1])
     mine = torch.autograd.grad(outs[0], (x, ours.weight), upstream)
     torch.testing.assert_close(mine, torch.autograd.grad(outs[1], (x, plain.weight), upstream))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 9), (7, 12), (5, 6), (1, 1)], ids=str)
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("k", [3, 5])
+def test_depthwise_gradients_equal_those_of_the_plain_convolution(k, dilation, size):
+    ours = DepthwiseConv(6, k, 1, dilation).double()
+    x = torch.randn(2, 6, *size, dtype=torch.float64, requires_grad=True)
+    outs = ours(x), F.conv2d(x, ours.weight, None, 1, k // 2 * dilation, dilation, 6)
+    torch.testing.assert_close(*outs)
+    upstream = torch.randn_like(outs[1])
+    mine, plain = (torch.autograd.grad(out, (x, ours.weight), upstream) for out in outs)
+    torch.testing.assert_close(mine, plain)
+    ours.weight.requires_grad_(False)  # nothing is computed that nobody asked for
+    torch.testing.assert_close(torch.autograd.grad(ours(x), x, upstream)[0], plain[0])
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():

@@ -130,7 +130,9 @@ def test_training_uses_the_gradient_of_the_next_batch_and_moves_lr_against_it(mo
         before = [p.detach().clone() for p in s.theta]
         dha.train_step(s, data.train_images[8 * i : 8 * i + 8], data.train_labels[8 * i : 8 * i + 8], args)
         step = torch.cat([(p.detach() - q).flatten() for p, q in zip(s.theta, before)])
-        v = torch.cat([(-s.lr * v if v is not None else torch.zeros_like(p)).flatten() for p, v in zip(s.theta, s.velocity)])
+        v = torch.cat(
+            [(-s.lr * v if v is not None else torch.zeros_like(p)).flatten() for p, v in zip(s.theta, s.velocity)]
+        )
         assert torch.allclose(step, v, atol=1e-6)  # the weights moved by -lr v
     assert len(seen) == 3  # the first step has no update before it
     for (lr, (d_lr, _)), after in zip(seen, [x[0] for x in seen[1:]] + [float(s.lr)]):
@@ -328,8 +330,18 @@ def test_inactive_operations_allocate_nothing():
     assert set(called) == active and len(called) == 3 * 8
     assert mine <= theirs + 100_000  # the scales that come from b, and nothing of the size of an activation
     out.sum().backward()
-    with_gradient = {name.split(".ops.")[1].split(".")[0] for name, p in s.net.named_parameters() if ".ops." in name and p.grad is not None}
-    keys = {cell.key(k % 4, op, st) for cell in s.net.cells for k in range(8) if cell.reduction == (k >= 4) for op, st in s.net.edges[k]}
+    with_gradient = {
+        name.split(".ops.")[1].split(".")[0]
+        for name, p in s.net.named_parameters()
+        if ".ops." in name and p.grad is not None
+    }
+    keys = {
+        cell.key(k % 4, op, st)
+        for cell in s.net.cells
+        for k in range(8)
+        if cell.reduction == (k >= 4)
+        for op, st in s.net.edges[k]
+    }
     assert with_gradient <= keys
 
 

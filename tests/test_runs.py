@@ -217,7 +217,9 @@ def test_repeats_give_mean_and_deviation_and_resume(tmp_path, capsys):
     flags = [*TINY, "--search-epochs", "1", "--train-epochs", "0", "--repeats", "2", "--out", str(tmp_path / "r")]
     assert dha.main(flags) == 0
     said = capsys.readouterr().out
-    accuracies = [json.loads((tmp_path / "r" / f"seed{s}" / "result.json").read_text())["test_accuracy"] for s in (0, 1)]
+    accuracies = [
+        json.loads((tmp_path / "r" / f"seed{s}" / "result.json").read_text())["test_accuracy"] for s in (0, 1)
+    ]
     mean = sum(accuracies) / 2
     deviation = sum((a - mean) ** 2 for a in accuracies) ** 0.5
     assert f"2 seeds: test accuracy {mean:.2f} ± {deviation:.2f} %" in said
@@ -229,7 +231,9 @@ def test_repeats_give_mean_and_deviation_and_resume(tmp_path, capsys):
 def test_constraints_hold_for_the_result(tmp_path):
     torch.manual_seed(0)
     nets = [dha.SparseSupernet(4, 10, 3).prune() for _ in range(9)]
-    params, flops = (sorted(map(count, nets))[4] for count in (common.count_parameters, lambda n: common.count_flops(n, 32)))
+    params, flops = (
+        sorted(map(count, nets))[4] for count in (common.count_parameters, lambda n: common.count_flops(n, 32))
+    )
     rejected = 0
     for seed in range(3):
         out = tmp_path / str(seed)
@@ -237,7 +241,9 @@ def test_constraints_hold_for_the_result(tmp_path):
         assert dha.main([*TINY, "--search-epochs", "4", "--train-epochs", "0", *flags, "--out", str(out)]) == 0
         result = json.loads((out / "result.json").read_text())
         assert result["params"] <= params and result["flops"] <= flops
-        rejected += sum(not json.loads(x).get("accepted", True) for x in (out / "metrics.jsonl").read_text().splitlines())
+        rejected += sum(
+            not json.loads(x).get("accepted", True) for x in (out / "metrics.jsonl").read_text().splitlines()
+        )
     assert rejected > 0
 
 
@@ -264,7 +270,9 @@ def test_a_figure_that_cannot_be_drawn_costs_no_result(tmp_path, monkeypatch, ca
 
 def test_two_processes_train_one_network(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
-    run = subprocess.run([*command, *SHORT, "--out", str(tmp_path / "run")], capture_output=True, text=True, timeout=200)
+    run = subprocess.run(
+        [*command, *SHORT, "--out", str(tmp_path / "run")], capture_output=True, text=True, timeout=200
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.count("epoch   3/3") == 1  # one process talks
     assert json.loads((tmp_path / "run" / "result.json").read_text())["epochs"] == 3
