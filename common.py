@@ -398,10 +398,7 @@ class FactorizedReduce(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))  # so that both halves have one size at odd sides
-        halves = (
-            F.relu(x[:, :, ::2, ::2]),
-            F.relu(x[:, :, 1::2, 1::2]),
-        )  # a stride of 2, before all work instead of in it
+        halves = F.relu(x[:, :, ::2, ::2]), F.relu(x[:, :, 1::2, 1::2])  # the stride before all work, not in it
         return self.bn(torch.cat([self.conv1(halves[0]), self.conv2(halves[1])], 1))
 
 
@@ -423,7 +420,7 @@ class _Depthwise(torch.autograd.Function):
     """A depthwise convolution of stride 1 whose gradients are forward convolutions where oneDNN's own are slow.
 
     Measured on one core at 64 x 16 x 32 x 32: gradient of the input at dilation 2, 6 to 9 ms by oneDNN, 1 ms as a
-    convolution with the turned kernel; gradient of a 5 x 5 kernel, 9 to 12 against 6 to 8 ms (at 32 channels 4 against 1).
+    convolution with the turned kernel; gradient of a 5 x 5 kernel, 9 to 12 against 6 to 8 ms (32 channels: 4 to 1).
     """
 
     @staticmethod
@@ -504,7 +501,7 @@ def drop_path(x: Tensor, prob: float) -> Tensor:
 
 
 def auxiliary_head(c_in: int, num_classes: int, stem: str = "cifar") -> nn.Sequential:
-    """DARTS' auxiliary classifier on a map of at least 8x8 (cifar) or 7x7 (imagenet) pixels: logits (B, num_classes)."""
+    """DARTS' auxiliary classifier on a map of at least 8x8 (cifar) or 7x7 (imagenet): logits (B, num_classes)."""
     return nn.Sequential(
         nn.ReLU(),
         nn.AvgPool2d(5, stride=3 if stem == "cifar" else 2, count_include_pad=False),
@@ -521,7 +518,7 @@ def auxiliary_head(c_in: int, num_classes: int, stem: str = "cifar") -> nn.Seque
 
 
 class Cell(nn.Module):
-    """One cell of a genotype. Inputs s0, s1: the outputs of the two cells before; output: chosen states, concatenated."""
+    """One cell of a genotype. Inputs s0, s1: the outputs of the two cells before; output: some states, concatenated."""
 
     def __init__(self, genotype: Genotype, c_before: int, c_in: int, channels: int, reduction: bool, halved: bool):
         super().__init__()
