@@ -201,6 +201,10 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
     for name in ("channels", "search_channels"):
         if (getattr(args, name) or 0) % 2:
             parser.error("--channels and --search-channels must be even: a factorized reduction splits them in two")
+    if args.method == "dha":  # its second stage would say so after its first
+        for name, low, high in (("lr", 1e-4, 0.1), ("weight_decay", 0.0, 1e-2)):
+            if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
+                parser.error(f"--{name.replace('_', '-')} must lie in [{low:g}, {high:g}] where Eq. 3 learns it")
     everything = set.union(*STAGE_FLAGS.values())
     args.given = sorted(explicit & everything)  # for the stages of a resumed run
     return args, explicit
@@ -343,27 +347,40 @@ def posterize(images: Tensor, magnitude: Tensor) -> Tensor:
     return straight_through(torch.lerp(images.detach(), kept, (step > 1).to(images.dtype)), images + m)
 
 
+def eight_bits(images: Tensor) -> Tensor:
+    """round(255 images) as int32, from 0 to 255 even where an image is not a number: it becomes an index."""
+    return (images.detach() * 255).round().int().clamp_(0, 255)
+
+
+def look_up(levels: Tensor, table: Tensor) -> Tensor:
+    """table[b, c, levels[b, c, y, x]]: levels (B, C, H, W), integers from 0 to 255; table (B, C, 256)."""
+    row = 256 * torch.arange(table.shape[0] * table.shape[1], device=levels.device, dtype=levels.dtype)
+    return table.flatten().index_select(0, (levels + row.view(*table.shape[:2], 1, 1)).flatten()).view(levels.shape)
+
+
 def auto_contrast(images: Tensor, magnitude: Tensor) -> Tensor:
     """Stretch every channel to the full range, as PIL at 8 bits. Straight-through gradient for the image."""
-    x = (images.detach() * 255).round()
-    low, high = x.amin((2, 3), keepdim=True).double(), x.amax((2, 3), keepdim=True).double()
+    levels = eight_bits(images)
+    low, high = levels.amin((2, 3)).double()[..., None], levels.amax((2, 3)).double()[..., None]
+    level = torch.arange(256, device=images.device, dtype=torch.float64)
     scale = 255 / (high - low).clamp(min=1)
-    stretched = (x * scale - low * scale).floor().clamp(0, 255) / 255
-    several = (high > low).to(images.dtype)  # 1 where a channel has more than one level
-    return straight_through(torch.lerp(images.detach(), stretched.to(images.dtype), several), images)
+    stretched = (level * scale - low * scale).floor().clamp(0, 255)  # (B, 3, 256)
+    table = torch.where(high > low, stretched, level) / 255
+    return straight_through(look_up(levels, table.to(images.dtype)), images)
 
 
 def equalize(images: Tensor, magnitude: Tensor) -> Tensor:
     """Flatten every channel's histogram, as PIL at 8 bits. Straight-through gradient for the image."""
     B, C, H, W = images.shape
-    x = (images.detach() * 255).round().long().reshape(B * C, H * W)
-    histogram = torch.zeros(B * C, 256, dtype=torch.long, device=x.device).scatter_add_(1, x, torch.ones_like(x))
-    brightest = histogram.gather(1, x.amax(1, keepdim=True))
+    levels = eight_bits(images)
+    one = torch.ones((), dtype=torch.long, device=images.device).expand(B, C, H * W)
+    histogram = one.new_zeros(B, C, 256).scatter_add_(2, levels.long().view(B, C, H * W), one)
+    brightest = histogram.gather(2, levels.amax((2, 3)).long()[..., None])
     step = (H * W - brightest) // 255
-    below = histogram.cumsum(1) - histogram
-    table = ((below + step // 2) // step.clamp(min=1)).clamp(max=255).to(images.dtype) / 255  # (B * C, 256)
-    flat = torch.lerp(images.detach().reshape(B * C, H * W), table.gather(1, x), (step > 0).to(images.dtype))
-    return straight_through(flat.view_as(images), images)
+    below = histogram.cumsum(2) - histogram
+    flat = ((below + step // 2) // step.clamp(min=1)).clamp(max=255)  # (B, 3, 256)
+    table = torch.where(step > 0, flat, torch.arange(256, device=images.device)).to(images.dtype) / 255
+    return straight_through(look_up(levels, table), images)
 
 
 def sample_pairing(images: Tensor, magnitude: Tensor) -> Tensor:
@@ -1190,15 +1207,17 @@ def read_runs(folders: list[str]) -> list[tuple[dict, dict]]:
         for path in found:
             config, result = read_json(path / "config.json"), read_json(path / "result.json")
             try:
-                if "test_accuracy" not in result:
+                if "test_accuracy" not in result.keys():
                     say(f"note: {path} was a search only, it has no test accuracy")
                     continue
                 method_of(config["script"], config["args"]), paper_accuracy("", config)
                 [result[key] + 0 for key in ("test_accuracy", "params", "search_seconds", "seconds")]
                 result["dataset"], config["args"]["seed"]
-            except (KeyError, TypeError, ValueError) as e:
+            except (AttributeError, KeyError, TypeError, ValueError) as e:
                 raise InputError(f"{path} is not a run of these scripts: {type(e).__name__}: {e}") from e
             runs.append((config, result))
+    if not runs:
+        raise InputError("none of these runs has a test accuracy")
     return runs
 
 

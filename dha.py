@@ -326,6 +326,11 @@ def posterize(images: Tensor, magnitude: Tensor) -> Tensor:
     return straight_through(torch.lerp(images.detach(), kept, (step > 1).to(images.dtype)), images + m)
 
 
+def eight_bits(images: Tensor) -> Tensor:
+    """round(255 images) as int32, from 0 to 255 even where an image is not a number: it becomes an index."""
+    return (images.detach() * 255).round().int().clamp_(0, 255)
+
+
 def look_up(levels: Tensor, table: Tensor) -> Tensor:
     """table[b, c, levels[b, c, y, x]]: levels (B, C, H, W), integers from 0 to 255; table (B, C, 256)."""
     row = 256 * torch.arange(table.shape[0] * table.shape[1], device=levels.device, dtype=levels.dtype)
@@ -334,7 +339,7 @@ def look_up(levels: Tensor, table: Tensor) -> Tensor:
 
 def auto_contrast(images: Tensor, magnitude: Tensor) -> Tensor:
     """Stretch every channel to the full range, as PIL at 8 bits. Straight-through gradient for the image."""
-    levels = (images.detach() * 255).round().int()
+    levels = eight_bits(images)
     low, high = levels.amin((2, 3)).double()[..., None], levels.amax((2, 3)).double()[..., None]
     level = torch.arange(256, device=images.device, dtype=torch.float64)
     scale = 255 / (high - low).clamp(min=1)
@@ -346,7 +351,7 @@ def auto_contrast(images: Tensor, magnitude: Tensor) -> Tensor:
 def equalize(images: Tensor, magnitude: Tensor) -> Tensor:
     """Flatten every channel's histogram, as PIL at 8 bits. Straight-through gradient for the image."""
     B, C, H, W = images.shape
-    levels = (images.detach() * 255).round().int()
+    levels = eight_bits(images)
     one = torch.ones((), dtype=torch.long, device=images.device).expand(B, C, H * W)
     histogram = one.new_zeros(B, C, 256).scatter_add_(2, levels.long().view(B, C, H * W), one)
     brightest = histogram.gather(2, levels.amax((2, 3)).long()[..., None])

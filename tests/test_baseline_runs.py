@@ -37,7 +37,7 @@ def finished(directory: Path) -> tuple[dict, str]:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     out = tmp_path_factory.mktemp("baseline") / "run"
-    assert process(*FAA, "--out", out).wait(200) == 0
+    assert baseline.main([*FAA, "--out", str(out)]) == 0
     return out
 
 
@@ -88,6 +88,7 @@ def alive(word: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl and /proc")
 def test_killed_in_a_stage_it_leaves_no_orphan_and_resumes_to_the_same(done, tmp_path):
     out = tmp_path / "run"
@@ -130,10 +131,9 @@ def test_stages_run_under_torchrun(tmp_path):
     assert config["processes"] == 2
 
 
-def test_sequential_dha_trains_what_its_first_stage_found(tmp_path):
-    p = process(*DHA, "--out", tmp_path / "run")
-    said = p.stdout.read()
-    assert p.wait(200) == 0, said
+def test_sequential_dha_trains_what_its_first_stage_found(tmp_path, capfd):
+    assert baseline.main([*DHA, "--out", str(tmp_path / "run")]) == 0
+    said = capfd.readouterr().out
     first, second = (tmp_path / "run" / name for name in ("search", "train"))
     settings = [json.loads((stage / "config.json").read_text())["args"] for stage in (first, second)]
     assert settings[0]["no_da"] and settings[0]["no_hpo"] and settings[0]["train_epochs"] == 0
@@ -204,6 +204,8 @@ BAD_FLAGS = [
     ["--search-channels", "3"],
     ["--batch-size", "1.5"],
     ["--lr", "fast"],
+    ["--method", "dha", "--lr", "0.5"],
+    ["--method", "dha", "--weight-decay", "0.1"],
     ["--limit-train", "1"],
     ["--limit-train", "3"],
     ["--image-size", "4"],

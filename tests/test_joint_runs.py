@@ -25,9 +25,9 @@ SHORT = [*TINY, "--search-epochs", "2", "--train-epochs", "2"]
 NO_SEARCH = [*TINY, "--genotype", "DARTS_V2", "--policy", "none", "--train-epochs", "2"]
 
 
-def process(*argv) -> subprocess.Popen:
+def process(*argv, **kwargs) -> subprocess.Popen:
     command = [sys.executable, str(SCRIPT), *map(str, argv)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +75,14 @@ def test_evaluate_prints_the_runs_accuracy(done, capsys):
 
 
 def test_two_fresh_processes_give_the_same_bits_and_another_seed_others(tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        assert process(*SHORT, "--seed", seed, "--out", tmp_path / name).wait(200) == 0
+    both = [process(*SHORT, "--out", tmp_path / name, env=os.environ | {"OMP_NUM_THREADS": "1"}) for name in "ab"]
+    assert [p.wait(200) for p in both] == [0, 0]
     assert finished(tmp_path / "a") == finished(tmp_path / "b")
     assert same_weights(weights(tmp_path / "a"), weights(tmp_path / "b"))
     for name in ("policy.json", "genotype.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    other = [*TINY, "--search-epochs", "1", "--search-only", "--seed", "1", "--out", str(tmp_path / "c")]
+    assert joint.main(other) == 0
     assert (tmp_path / "a" / "policy.json").read_bytes() != (tmp_path / "c" / "policy.json").read_bytes()
 
 
@@ -137,6 +139,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(done, tmp_path, damag
     assert finished(out) == finished(done) and same_weights(weights(out), weights(done))
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_search_stops_cleanly_and_says_how_to_go_on(tmp_path):
     p = process(*TINY, "--search-epochs", "500", "--out", tmp_path / "run")
     assert any(line.startswith("search   1/500") for line in iter(p.stdout.readline, ""))
@@ -194,6 +197,7 @@ def test_repeats_give_mean_and_deviation(tmp_path, capsys):
     assert f"2 seeds: test accuracy {sum(accuracies) / 2:.2f} ± " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes_search_and_train_one_network(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
     flags = [*TINY, "--search-epochs", "1", "--train-epochs", "1", "--out", str(tmp_path / "run")]
