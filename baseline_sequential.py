@@ -945,6 +945,15 @@ def check_data(args: argparse.Namespace, data: Data) -> None:
         raise InputError(f"images of {H} pixels are too small for the auxiliary head: give --auxiliary-weight 0")
 
 
+def warn_of_days(seconds: float, steps: int) -> None:
+    """Say what is ahead of somebody who trains on a CPU: `steps` steps of `seconds` each."""
+    if seconds * steps > 3600:
+        say(
+            f"warning: a step takes {seconds:.1f} s, and {steps:,} of them {duration(seconds * steps)} on this CPU. "
+            "--preset quick takes minutes; the paper's settings want a GPU (--gpu 0)."
+        )
+
+
 def seed_epoch(seed: int, epoch: int, rank: int) -> torch.Generator:
     """Seed everything random of one epoch, so that a resumed run needs no generator's state; returns the one that
     orders the images, which is the same in every process."""
@@ -989,6 +998,8 @@ def search_policy(args: argparse.Namespace, data: Data, out: Path, device: torch
                 measured = torch.cat(moved)
                 sums += measured
                 broken = torch.where((broken < 0) & ~measured.isfinite().all(), step, broken)
+                if epoch + step == 0 and args.preset == "paper" and device.type == "cpu":
+                    warn_of_days(time.time() - start, steps * args.faa_epochs)
                 if step % 5 == 4:
                     means = dict(zip(MEASURED, (sums / (step + 1)).tolist()))
                     left = (time.time() - start) / (step + 1) * ((args.faa_epochs - epoch) * steps - step - 1)

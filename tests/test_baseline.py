@@ -224,7 +224,9 @@ def fake_run(folder: Path, script: str, command: str, accuracy: float, **setting
 
 def rows_of(text: str) -> list[list[str]]:
     return [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line[:2] == "| " and "---" not in line
     ]
 
 
