@@ -93,7 +93,7 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Help with defaults, where there is one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        plain = action.default in (None, False) or action.default is argparse.SUPPRESS
+        plain = action.default is None or action.default is False or action.default is argparse.SUPPRESS
         return action.help if plain else super()._get_help_string(action)
 
 
@@ -896,6 +896,8 @@ def average_gradients(params: list[Tensor]) -> None:
     """Under torchrun: every gradient becomes the mean over the processes, in place."""
     if not dist.is_initialized():
         return
+    for p in params:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # of a node that a genotype leaves out
     gradient = flat([p.grad for p in params])
     dist.all_reduce(gradient)
     for p, g in zip(params, gradient.div_(dist.get_world_size()).split([p.numel() for p in params])):
@@ -1503,7 +1505,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         note_unused(args, explicit, {"no_da": "tau_lr", "no_hpo": "beta_lr beta_wd", "genotype": search_flags})
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            backend = "gloo" if args.gpu == -1 or not torch.cuda.is_available() else "nccl"
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, timeout=timedelta(hours=2))  # long enough for a download
         if args.evaluate:
             evaluate_run(args, explicit, choose_device(args.gpu), load_model)
@@ -1537,7 +1539,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except Stopped as e:
         if not dist.is_initialized() or dist.get_rank() == 0:
-            again = shlex.join(["python", sys.argv[0], *argv, *([] if args.resume else ["--resume"])])
+            start = ["torchrun", "--nproc-per-node", str(processes())] if processes() > 1 else ["python"]
+            again = shlex.join([*start, sys.argv[0], *argv, *([] if args.resume else ["--resume"])])
             print(f"\nstopped{f'; go on with: {again}' if out and out.exists() else ''}", file=sys.stderr)
         return e.code
     finally:
