@@ -1521,6 +1521,7 @@ def draw_joint(out: Path, state: dict, genotype: Genotype, data: Data) -> None:
         axes[1].plot(epochs, [r["test_accuracy"] for r in trained], "-.", color=orange, label="test")
         axes[1].set(xlabel="epoch of training", ylabel="accuracy (%)", title="Accuracy")
         for axis in axes:
+            axis.xaxis.get_major_locator().set_params(integer=True)
             axis.legend(frameon=False)
         save(figure, "curves.png")
 
