@@ -123,7 +123,9 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
     g.add_argument("--out", help="run directory (default: runs/<script>-<dataset>-seed<seed>)")
     g.add_argument("--resume", action="store_true", help="continue the run in --out, or start it if there is none")
     g.add_argument("--evaluate", metavar="DIR", help="print the test accuracy of the finished run in DIR and stop")
-    g.add_argument("--compare", metavar="DIR", nargs="+", help="print a table of finished runs, of any script, and stop")
+    g.add_argument(
+        "--compare", metavar="DIR", nargs="+", help="print a table of finished runs, of any script, and stop"
+    )
     g = parser.add_argument_group("data")
     g.add_argument("--dataset", choices=common.DATASETS, default="cifar10", help="data set")
     g.add_argument("--data-dir", default="data", help="where data sets are, or are downloaded to")
@@ -134,12 +136,16 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
     g = parser.add_argument_group("machine")
     g.add_argument("--gpu", type=number(int, -1), help="GPU number, -1 for the CPU (default: 0 if there is one)")
     g.add_argument("--amp", action="store_true", help="bfloat16 autocast (GPU only)")
-    g.add_argument("--processes", type=number(int, 1), default=1, help="run the stages under torchrun, so many processes")
+    g.add_argument(
+        "--processes", type=number(int, 1), default=1, help="run the stages under torchrun, so many processes"
+    )
     g = parser.add_argument_group("Faster AutoAugment (stage 1 of faa-darts)")
     g.add_argument("--faa-epochs", type=number(int, 1), default=20, help="epochs of policy search")
     g.add_argument("--faa-images", type=number(int, 4), default=4000, help="training images that it sees")
     g.add_argument("--faa-batch-size", type=number(int, 4), default=128, help="images a step, half of them augmented")
-    g.add_argument("--faa-lr", type=number(float, 0), default=1e-3, help="Adam's learning rate of critic and classifier")
+    g.add_argument(
+        "--faa-lr", type=number(float, 0), default=1e-3, help="Adam's learning rate of critic and classifier"
+    )
     g.add_argument("--policy-lr", type=number(float, 0), default=1e-3, help="Adam's learning rate for z, p and mu")
     g.add_argument("--sub-policies", type=number(int, 1), default=10, help="L, sub-policies of a policy")
     g.add_argument("--stages", type=number(int, 1), default=2, help="K, operations one after the other in a sub-policy")
@@ -151,14 +157,18 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
     g = parser.add_argument_group("handed to the later stages; each has its own default (see its --help)")
     g.add_argument("--search-epochs", type=number(int, 1), help="epochs of the architecture search")
     g.add_argument("--search-batch-size", type=number(int, 2), help="images a batch in the search")
-    g.add_argument("--search-images", type=number(int, 4), help="use only so many of the training images (default: all)")
+    g.add_argument(
+        "--search-images", type=number(int, 4), help="use only so many of the training images (default: all)"
+    )
     g.add_argument("--search-channels", type=number(int, 2), help="channels of the supernet (even)")
     g.add_argument("--search-layers", type=number(int, 3), help="cells of the supernet")
     g.add_argument("--arch-lr", type=number(float, 0), help="Adam's learning rate for alpha (dha: b)")
     g.add_argument("--b-scale", type=number(float, 1e-9), help="standard deviation of b's first values")
     g.add_argument("--lasso", type=number(float, 1e-12), help="lambda of Eq. 4")
     g.add_argument("--freeze-distance", type=number(float, 0), help="a node freezes if alpha moved no more")
-    g.add_argument("--max-params", type=number(int, 1), help="reject supports whose network has more parameters (Eq. 1)")
+    g.add_argument(
+        "--max-params", type=number(int, 1), help="reject supports whose network has more parameters (Eq. 1)"
+    )
     g.add_argument("--max-flops", type=number(int, 1), help="reject supports with more multiply-adds an image (Eq. 1)")
     g.add_argument("--tau-lr", type=number(float, 0), help="learning rate of the policy (Eq. 2)")
     g.add_argument("--beta-lr", type=number(float, 0), help="beta of Eq. 3 for the learning rate")
@@ -1143,10 +1153,18 @@ def run_baseline(args: argparse.Namespace, out: Path, device: torch.device) -> d
 PAPERS = {
     ("DARTS", "50"): {"cifar10": "97.33 ± 0.12", "cifar100": "76.21 ± 3.76", "svhn": "97.85 ± 0.08"},
     ("Faster AA, then DARTS", "50"): {"cifar10": "97.55 ± 0.30", "cifar100": "77.96 ± 3.12", "svhn": "98.02 ± 0.03"},
-    ("DARTS + Faster AA jointly", "50"): {"cifar10": "97.40 ± 0.03", "cifar100": "79.02 ± 2.14", "svhn": "97.92 ± 0.12"},
+    ("DARTS + Faster AA jointly", "50"): {
+        "cifar10": "97.40 ± 0.03",
+        "cifar100": "79.02 ± 2.14",
+        "svhn": "97.92 ± 0.12",
+    },
     ("DARTS", "25"): {"cifar10": "97.14 ± 0.04", "cifar100": "82.91 ± 0.30", "svhn": "97.94 ± 0.06"},
     ("Faster AA, then DARTS", "25"): {"cifar10": "97.29 ± 0.03", "cifar100": "84.17 ± 0.29", "svhn": "98.03 ± 0.05"},
-    ("DARTS + Faster AA jointly", "25"): {"cifar10": "97.46 ± 0.09", "cifar100": "83.81 ± 0.49", "svhn": "97.82 ± 0.08"},
+    ("DARTS + Faster AA jointly", "25"): {
+        "cifar10": "97.46 ± 0.09",
+        "cifar100": "83.81 ± 0.49",
+        "svhn": "97.82 ± 0.08",
+    },
     ("One-Stage ISTA", ""): {"cifar10": "97.64 ± 0.20", "cifar100": "83.10 ± 0.11"},
     ("Sequential DHA", ""): {"cifar10": "97.77 ± 0.14", "cifar100": "83.51 ± 0.12"},
     ("DHA", ""): {"cifar10": "98.11 ± 0.26", "cifar100": "83.93 ± 0.23"},
@@ -1177,7 +1195,9 @@ def method_of(script: str, settings: dict) -> str:
 def paper_accuracy(method: str, config: dict) -> str:
     """The paper's accuracy where a run had the paper's settings, else "-". config: the run's config.json."""
     settings = config["args"]
-    given = {word.split("=")[0][2:].replace("-", "_") for word in shlex.split(config["command"])[1:] if word[:2] == "--"}
+    given = {
+        word.split("=")[0][2:].replace("-", "_") for word in shlex.split(config["command"])[1:] if word[:2] == "--"
+    }
     changed = given - {*HARMLESS} - ({"policy"} if settings.get("policy") == "none" else set())
     epochs = "" if "DHA" in method or "ISTA" in method else str(settings["search_epochs"] or 50)
     if epochs in ("25", "50"):
@@ -1191,7 +1211,9 @@ def read_runs(folders: list[str]) -> list[tuple[dict, dict]]:
     """(config, result) of every finished run in `folders`, or one level below. Raises InputError if there is none."""
     runs = []
     for folder in map(Path, folders):
-        found = [folder] if (folder / "config.json").exists() else sorted(p.parent for p in folder.glob("*/config.json"))
+        found = (
+            [folder] if (folder / "config.json").exists() else sorted(p.parent for p in folder.glob("*/config.json"))
+        )
         found = [path for path in found if (path / "result.json").exists()]
         if not found:
             raise InputError(f"there is no finished run in {folder} (no config.json and result.json)")
@@ -1226,7 +1248,7 @@ def compare(runs: list[tuple[dict, dict]]) -> str:
         results = [result for _, result in group]
         row = [method, dataset, group[0][0]["args"]["preset"], str(len(group))]
         row += [spread([r["test_accuracy"] for r in results]), paper_accuracy(method, group[0][0])]
-        row.append(f"{mean(r['params'] for r in results) / 1e6:.2f} M")
+        row.append(f"{mean(r['params'] for r in results) / 1e6:.3g} M")
         row += [duration(mean(r[key] for r in results)) for key in ("search_seconds", "seconds")]
         rows.append(row)
     width = [max(map(len, column)) for column in zip(*rows)]

@@ -257,7 +257,7 @@ def test_compare_prints_mean_std_and_the_papers_figures(tmp_path, capsys):
     }
     assert rows.keys() == expected.keys()
     for key, (seeds, paper) in expected.items():
-        assert (rows[key][3], rows[key][5], rows[key][6]) == (seeds, paper, "3.30 M")
+        assert (rows[key][3], rows[key][5], rows[key][6]) == (seeds, paper, "3.3 M")
         assert rows[key][7:] == ["30 s", "2.0 h"]
     assert said.count("Faster AA, then DARTS") == 2  # as text and as Markdown
 
