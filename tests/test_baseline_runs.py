@@ -145,6 +145,7 @@ def test_sequential_dha_trains_what_its_first_stage_found(tmp_path, capfd):
     assert list(result["stage_seconds"]) == ["search", "train"]
 
 
+@pytest.mark.slow
 def test_a_signal_reaches_the_stage_and_says_how_to_go_on(tmp_path):
     p = process(*DHA, "--search-epochs", "500", "--out", tmp_path / "run")
     assert any(line.startswith("epoch   1/500") for line in iter(p.stdout.readline, ""))

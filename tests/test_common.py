@@ -909,5 +909,5 @@ def test_draw_cell(name, cell, tmp_path):
     assert {"0", "1", "2", "3"} <= set(texts) and axis.get_title() == f"{name}, {cell}"
     arrows = [text for text in axis.texts if getattr(text, "arrow_patch", None) is not None]
     assert len(arrows) == len(edges) + len(concat)
-    figure.savefig(tmp_path / "cell.png")  # Agg: a figure without pyplot needs no display
+    figure.savefig(tmp_path / "cell.png", dpi=100)  # Agg: a figure without pyplot needs no display
     assert Image.open(tmp_path / "cell.png").size == (800, 400)

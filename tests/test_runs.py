@@ -128,10 +128,6 @@ def kill_and_resume(tmp_path: Path, kills: int) -> None:
     assert same_weights(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
-def test_killed_and_resumed_ends_the_same(tmp_path):
-    kill_and_resume(tmp_path, 1)
-
-
 @pytest.mark.slow
 def test_killed_ten_times_and_resumed_ends_the_same(tmp_path):
     kill_and_resume(tmp_path, 10)
@@ -268,6 +264,7 @@ def test_a_figure_that_cannot_be_drawn_costs_no_result(tmp_path, monkeypatch, ca
     assert (tmp_path / "run" / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_network(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
     run = subprocess.run(
