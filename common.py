@@ -397,9 +397,13 @@ class FactorizedReduce(nn.Module):
         self.bn = nn.BatchNorm2d(c_out, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.halves(x))
+
+    def halves(self, x: Tensor) -> Tensor:
+        """All but the batch norm."""
         x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))  # so that both halves have one size at odd sides
-        halves = F.relu(x[:, :, ::2, ::2]), F.relu(x[:, :, 1::2, 1::2])  # the stride before all work, not in it
-        return self.bn(torch.cat([self.conv1(halves[0]), self.conv2(halves[1])], 1))
+        even, odd = F.relu(x[:, :, ::2, ::2]), F.relu(x[:, :, 1::2, 1::2])  # the stride before all work, not in it
+        return torch.cat([self.conv1(even), self.conv2(odd)], 1)
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -408,12 +412,14 @@ class DepthwiseConv(nn.Conv2d):
     def __init__(self, channels: int, k: int, stride: int = 1, dilation: int = 1):
         super().__init__(channels, channels, k, stride, k // 2 * dilation, dilation, channels, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, part: slice = slice(None)) -> Tensor:
+        """x: (B, channels, H, W), or the channels `part` alone."""
+        weight, C = self.weight[part], x.shape[1]
         if self.stride == self.dilation == (2, 2):  # reads every second pixel only, so it is a plain one on those
-            return F.conv2d(x[:, :, ::2, ::2], self.weight, padding=self.padding[0] // 2, groups=self.groups)
+            return F.conv2d(x[:, :, ::2, ::2], weight, padding=self.padding[0] // 2, groups=C)
         if self.stride == (1, 1) and not x.is_cuda:
-            return _Depthwise.apply(x, self.weight, self.dilation[0])
-        return super().forward(x)
+            return _Depthwise.apply(x, weight, self.dilation[0])
+        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, C)
 
 
 class _Depthwise(torch.autograd.Function):

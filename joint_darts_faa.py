@@ -561,6 +561,7 @@ class Policy(nn.Module):
 
 NODES = 4  # intermediate nodes of a cell; node j reads states 0..j+1
 EDGE = [[j * (j + 3) // 2 + state for state in range(j + 2)] for j in range(NODES)]  # an edge's row in alpha
+READERS = [range(max(0, state - 1), NODES) for state in range(NODES + 1)]  # the nodes that read a state
 
 
 class Moments(torch.autograd.Function):
@@ -580,77 +581,106 @@ class Moments(torch.autograd.Function):
         return torch.addmm((d_mean - d_cov @ mean) / len(rows), rows, d_cov / len(rows))
 
 
-def pointwise_bn(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, scale: Tensor | None) -> Tensor:
-    """scale * bn(conv(x)) of a 1x1 convolution, scale 0-dim or None for 1, batch norm without parameters of its own.
+class NormalizeRows(torch.autograd.Function):
+    """gain (C,) times rows (N, C) less their mean over sqrt(variance + eps), and that mean and variance, both (C,).
+
+    Reads and writes the rows fewer times than autograd would. PyTorch's own kernel for channels_last images on the CPU
+    adds up in a single float a channel, with ten times the rounding error.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        mean = rows.mean(0)
+        centred = rows - mean
+        variance = (centred * centred).mean(0)
+        factor = (variance + eps).rsqrt()
+        ctx.save_for_backward(centred, gain, factor)
+        ctx.mark_non_differentiable(mean, variance)
+        return centred * (gain * factor), mean, variance
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor, *_) -> tuple[Tensor | None, Tensor, None]:
+        centred, gain, factor = ctx.saved_tensors
+        product = grad * centred
+        slope = product.mean(0) * factor  # of the normalised rows: mean(grad * normalised)
+        if not ctx.needs_input_grad[0]:
+            return None, slope * len(grad), None
+        scale = gain * factor  # below: scale * (grad - mean(grad) - slope * normalised), in the memory of product
+        torch.addcmul(-scale * grad.mean(0), grad, scale, out=product)
+        return product.addcmul_(centred, -scale * slope * factor), slope * len(grad), None
+
+
+def scaled_batch_norm(x: Tensor, bn: nn.BatchNorm2d, gain: Tensor | None = None, part: slice = slice(None)) -> Tensor:
+    """The channels `part` of bn on x (B, C, H, W), with `gain` (C,) for its own weight if there is one."""
+    gain, statistics = bn.weight if gain is None else gain, (bn.running_mean[part], bn.running_var[part])
+    if x.is_cuda or not bn.training:
+        return F.batch_norm(x, *statistics, gain, bn.bias, bn.training, bn.momentum, bn.eps)
+    C = x.shape[1]
+    rows = x.permute(0, 2, 3, 1).reshape(-1, C)  # the order that channels_last has in memory
+    out, mean, variance = NormalizeRows.apply(rows, x.new_ones(C) if gain is None else gain, bn.eps)
+    update_statistics(*statistics, bn.momentum, mean, variance, len(rows))
+    out = out.view(len(x), *x.shape[2:], C).permute(0, 3, 1, 2)
+    return out if bn.bias is None else out + bn.bias.view(1, C, 1, 1)
+
+
+def pointwise_bn(
+    x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, gain: Tensor | None = None, part: slice = slice(None)
+) -> Tensor:
+    """scaled_batch_norm of a grouped 1x1 convolution, of its output channels `part`.
 
     On the CPU in training the convolution's output is never normalised, it comes out normalised: its mean is W mean(x)
     and its variances are diag(W Cov(x) W^T), so batch norm becomes a scale and a shift of the convolution. That reads
     x twice and writes once, where a convolution and a batch norm pass over the image seven times. With more than 32
     channels the covariance costs more than the passes.
     """
-    if x.is_cuda or not bn.training or x.shape[1] > 32:
-        return scaled_batch_norm(conv(x), bn, scale)
-    N, C, W = x.numel() // x.shape[1], x.shape[1], conv.weight.flatten(1)  # W: (C_out, C)
+    W, C = conv.weight[part].flatten(1), x.shape[1]  # W: (C_out, C / groups)
+    groups = C // W.shape[1]
+    if x.is_cuda or not bn.training or C > 32:
+        return scaled_batch_norm(F.conv2d(x, W[:, :, None, None], groups=groups), bn, gain, part)
+    whole = torch.block_diag(*W.split(len(W) // groups)) if groups > 1 else W  # (C_out, C)
+    N = x.numel() // C
     mean, covariance = Moments.apply(x.permute(0, 2, 3, 1).reshape(N, C))
-    mean, variance = W @ mean, ((W @ covariance) * W).sum(1)
-    update_statistics(bn, mean, variance, N)
-    factor = (variance + bn.eps).rsqrt() * (1 if scale is None else scale)
-    return F.conv2d(x, (factor[:, None] * W)[:, :, None, None], -factor * mean)
-
-
-def scaled_batch_norm(x: Tensor, bn: nn.BatchNorm2d, scale: Tensor | None = None) -> Tensor:
-    """scale * bn(x), scale 0-dim or None for 1.
-
-    On the CPU in training by plain tensor operations: PyTorch's own kernel adds up a channels_last image in a single
-    float a channel, with ten times the rounding error of its NCHW kernel.
-    """
-    gain = bn.weight if scale is None else scale.repeat(bn.num_features)  # batch_norm wants it contiguous
-    if x.is_cuda or not bn.training:
-        return F.batch_norm(x, bn.running_mean, bn.running_var, gain, bn.bias, bn.training, bn.momentum, bn.eps)
-    N, C = x.numel() // x.shape[1], x.shape[1]
-    average = lambda t: t.permute(0, 2, 3, 1).reshape(N, C).mean(0)
-    mean = average(x)
-    centred = x - mean.view(1, C, 1, 1)
-    variance = average(centred * centred)
-    update_statistics(bn, mean, variance, N)
-    factor = (variance + bn.eps).rsqrt()
-    out = centred * (factor if gain is None else factor * gain).view(1, C, 1, 1)
-    return out if bn.bias is None else out + bn.bias.view(1, C, 1, 1)
+    mean, variance = whole @ mean, ((whole @ covariance) * whole).sum(1)
+    update_statistics(bn.running_mean[part], bn.running_var[part], bn.momentum, mean, variance, N)
+    factor = (variance + bn.eps).rsqrt() * (1 if gain is None else gain)
+    return F.conv2d(x, (factor[:, None] * W)[:, :, None, None], -factor * mean, groups=groups)
 
 
 @torch.no_grad()
-def update_statistics(bn: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
+def update_statistics(
+    running_mean: Tensor, running_var: Tensor, momentum: float, mean: Tensor, variance: Tensor, count: int
+) -> None:
     """What a batch norm does to its running statistics in training."""
-    bn.running_mean.lerp_(mean, bn.momentum)
-    bn.running_var.lerp_(variance * (count / (count - 1)), bn.momentum)
-    bn.num_batches_tracked += 1
+    running_mean.lerp_(mean, momentum)
+    running_var.lerp_(variance * (count / (count - 1)), momentum)
 
 
-class WeightedOperation(nn.Module):
-    """One candidate operation with parameters, times its weight in the mixture.
+class WeightedOperations(nn.Module):
+    """One kind of candidate with parameters on all E edges that leave a state, side by side in the channels.
 
-    Takes relu(x), because all candidates that leave a state begin with it. They end in a batch norm, and the weight is
-    its scale: one pass over the image less, and the gradient of the weight comes for nothing.
+    Takes relu(x), because all these candidates begin with it. They end in a batch norm, and their weight in the mixture
+    is its scale: one pass over the image less, and the gradient of the weight comes for nothing.
     """
 
-    def __init__(self, name: str, channels: int, stride: int):
+    def __init__(self, name: str, channels: int, stride: int, edges: int):
         super().__init__()
-        layers = common.operation(name, channels, stride, affine=False)
-        if name == "skip_connect":
-            self.reduce, self.bn = layers[0], layers[0].bn
-            self.reduce.bn = nn.Identity()
-        else:
-            self.layers = nn.ModuleList(m for m in layers if not isinstance(m, nn.ReLU))
+        C, k, dilation = channels, int(name[-1]), 2 if name.startswith("dil") else 1
+        self.channels, self.layers = C, nn.ModuleList()
+        for stride in (stride, 1) if dilation == 1 else (stride,):  # a separable convolution is two such blocks
+            self.layers.append(common.DepthwiseConv(edges * C, k, stride, dilation))
+            self.layers.append(nn.Conv2d(edges * C, edges * C, 1, groups=edges, bias=False))
+            self.layers.append(nn.BatchNorm2d(edges * C, affine=False))
 
-    def forward(self, relu: Tensor, weight: Tensor) -> Tensor:
-        if hasattr(self, "reduce"):
-            return scaled_batch_norm(self.reduce(relu), self.bn, weight)
-        x = relu
-        for k in range(0, len(self.layers), 3):  # a separable convolution has two such blocks, a dilated one one
+    def forward(self, relu: Tensor, weight: Tensor, first: int) -> Tensor:
+        """relu: (B, n C, H, W), n copies of (B, C, H, W); weight (n,): those of n edges from the `first` on."""
+        x, part = relu, slice(first * self.channels, first * self.channels + relu.shape[1])
+        gain = weight.repeat_interleave(self.channels)
+        for k in range(0, len(self.layers), 3):
             depthwise, pointwise, bn = self.layers[k : k + 3]
-            last = k + 3 == len(self.layers)
-            x = pointwise_bn(depthwise(F.relu_(x) if k else x), pointwise, bn, weight if last else None)
-        return x
+            x = depthwise(F.relu_(x) if k else x, part)
+            x = pointwise_bn(x, pointwise, bn, gain if k + 3 == len(self.layers) else None, part)
+        return x  # (B, n C, H / stride, W / stride)
 
 
 class DartsCell(nn.Module):
@@ -660,45 +690,55 @@ class DartsCell(nn.Module):
         super().__init__()
         build = FactorizedReduce if halved else common.relu_conv_bn
         self.preprocess0 = build(c_before, channels, affine=False)
-        self.norm0 = None
-        if halved:
-            self.norm0, self.preprocess0.bn = self.preprocess0.bn, nn.Identity()
         self.preprocess1 = common.relu_conv_bn(c_in, channels, affine=False)
         self.strides = [2 if reduction and state < 2 else 1 for state in range(NODES + 1)]
-        self.pool_norms = nn.ModuleList(
-            nn.ModuleList(nn.BatchNorm2d(channels, affine=False) for _ in range(2)) for _ in range(NODES + 1)
-        )
-        self.ops = nn.ModuleList()  # by edge
-        for j in range(NODES):
-            for state in range(j + 2):
-                names = PRIMITIVES[3 if self.strides[state] == 2 else 4 :]  # a skip of stride 1 has no parameters
-                self.ops.append(nn.ModuleDict({n: WeightedOperation(n, channels, self.strides[state]) for n in names}))
+        self.pool_norms, self.skips, self.convs = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()  # by state
+        for readers, stride in zip(READERS, self.strides):
+            E = len(readers)
+            self.pool_norms.append(nn.ModuleList(nn.BatchNorm2d(channels, affine=False) for _ in range(2)))
+            skips = E if stride == 2 else 0  # of stride 1 they have no parameters
+            self.skips.append(nn.ModuleList(FactorizedReduce(channels, channels, affine=False) for _ in range(skips)))
+            self.convs.append(nn.ModuleList(WeightedOperations(n, channels, stride, E) for n in PRIMITIVES[4:]))
 
     def forward(self, s0: Tensor, s1: Tensor, weight: Tensor) -> Tensor:
         """weight: softmax of alpha, (14, 8)."""
-        if self.norm0:
-            states = [scaled_batch_norm(self.preprocess0(s0), self.norm0)]
-        else:
-            states = [pointwise_bn(F.relu(s0), *self.preprocess0[1:], None)]
-        states.append(pointwise_bn(F.relu(s1), *self.preprocess1[1:], None))
+        states = [preprocess(self.preprocess0, s0), preprocess(self.preprocess1, s1)]
         nodes: list[Tensor | float] = [0.0] * NODES
-        for state in range(NODES + 1):  # what leaves a state shares its ReLU and its pools; "none" adds nothing
+        for state, readers in enumerate(READERS):  # what leaves a state shares its ReLU and pools; "none" adds nothing
             x, stride = states[state], self.strides[state]
-            readers = range(max(0, state - 1), NODES)
             edges = [EDGE[j][state] for j in readers]
-            relu = F.relu(x)
             pools = F.max_pool2d(x, 3, stride, 1), F.avg_pool2d(x, 3, stride, 1, count_include_pad=False)
-            free = [scaled_batch_norm(pool, bn) for bn, pool in zip(self.pool_norms[state], pools)] + (
-                [x] if stride == 1 else []
-            )
-            for j, mixed in zip(readers, mix(free, weight[edges, 1 : 1 + len(free)])):  # Eq. (5), without parameters
-                edge = EDGE[j][state]
-                for name, op in self.ops[edge].items():
-                    mixed = mixed + op(relu, weight[edge, PRIMITIVES.index(name)])  # Eq. (5), with parameters
-                nodes[j] = nodes[j] + mixed
+            free = [scaled_batch_norm(pool, bn) for bn, pool in zip(self.pool_norms[state], pools)]
+            free += [x] if stride == 1 else []
+            mixed = mix(free, weight[edges, 1 : 1 + len(free)])  # Eq. (5), operations without parameters
+
+            relu = F.relu(x)
+            for e, skip in enumerate(self.skips[state]):
+                mixed[e] = mixed[e] + scaled_batch_norm(skip.halves(x), skip.bn, weight[edges[e], 3].repeat(x.shape[1]))
+            n = edges_at_once(relu, len(edges))
+            for first in range(0, len(edges), n):
+                some = edges[first : first + n]
+                wide = torch.cat([relu] * len(some), 1) if len(some) > 1 else relu  # (B, n C, H, W)
+                sep3, sep5, dil3, dil5 = (op(wide, weight[some, o], first) for o, op in enumerate(self.convs[state], 4))
+                for e, part in enumerate((sep3 + sep5 + dil3 + dil5).split(x.shape[1], 1), first):
+                    mixed[e] = mixed[e] + part  # Eq. (5), operations with parameters
+            for j, sum_of_edge in zip(readers, mixed):
+                nodes[j] = nodes[j] + sum_of_edge
             if state:
                 states.append(nodes[state - 1])  # nobody else writes to it
         return torch.cat(states[2:], 1)  # (B, 4 C, H, W)
+
+
+def edges_at_once(x: Tensor, edges: int) -> int:
+    """How many edges that carry x (B, C, H, W) to compute side by side: on a GPU all, on a CPU 4 MB, for its cache."""
+    return edges if x.is_cuda else max(1, min(edges, 2**20 // x.numel()))
+
+
+def preprocess(layers: nn.Module, x: Tensor) -> Tensor:
+    """A FactorizedReduce, or ReLU, 1x1 convolution and batch norm."""
+    if isinstance(layers, FactorizedReduce):
+        return scaled_batch_norm(layers.halves(x), layers.bn)
+    return pointwise_bn(F.relu(x), layers[1], layers[2])
 
 
 def mix(tensors: list[Tensor], weight: Tensor) -> list[Tensor]:

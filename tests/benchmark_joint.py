@@ -77,8 +77,9 @@ def plain_depthwise(x, weight, dilation):
     return F.conv2d(x, weight, padding=k // 2 * dilation, dilation=dilation, groups=len(weight))
 
 
-def unfolded(x, conv, bn, scale):
-    return joint.scaled_batch_norm(conv(x), bn, scale)
+def unfolded(x, conv, bn, gain=None, part=slice(None)):
+    weight = conv.weight[part]
+    return joint.scaled_batch_norm(F.conv2d(x, weight, groups=x.shape[1] // weight.shape[1]), bn, gain, part)
 
 
 def timed(function) -> float:
@@ -137,11 +138,16 @@ def main() -> None:
         with replaced(joint, "pointwise_bn", unfolded):
             ours.step(x, y)
 
+    def one_by_one():
+        with replaced(joint, "edges_at_once", lambda x, edges: 1):
+            ours.step(x, y)
+
     median = in_turn(
         {
             "usual: the loop, NCHW, whole backward passes": lambda: usual.step(x, y),
             "ours": lambda: ours.step(x, y),
             "ours, all gradients in both halves": lambda: ours.step(x, y, selective=False),
+            "ours, edges one by one": one_by_one,
             "ours, oneDNN's gradients of depthwise convolutions": without_fast_depthwise,
             "ours, 1x1 convolution and batch norm apart": without_folding,
         },

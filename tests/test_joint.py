@@ -31,29 +31,35 @@ def both(dtype, channels=4, layers=3):
     slow = WrittenOut(channels, 10, layers).to(dtype)
     fast = DartsSupernet(channels, 10, layers).to(dtype).to(memory_format=torch.channels_last)
     with torch.no_grad():
-        for a, b in pairs(slow, fast):
+        for a, b, part in pairs(slow, fast):
             if a.shape == (14, 8):
                 a.normal_()
-            b.copy_(a)
-    assert len(pairs(slow, fast)) == len(list(slow.parameters())) == len(list(fast.parameters()))
+            b[part] = a
+    matched = pairs(slow, fast)
+    assert {id(a) for a, _, _ in matched} == {id(p) for p in slow.parameters()}
+    assert {id(b) for _, b, _ in matched} == {id(p) for p in fast.parameters()}
+    assert common.count_parameters(slow) == common.count_parameters(fast) == sum(a.numel() for a, _, _ in matched)
     return slow, fast
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 4])  # edges computed side by side
 @pytest.mark.parametrize("size", [32, 28])  # 28: the last cells see 7 x 7 pixels
 @pytest.mark.parametrize(
     "dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"]
 )
-def test_supernet_equals_the_written_out_mixed_operation(dtype, tolerance, size):
+def test_supernet_equals_the_written_out_mixed_operation(dtype, tolerance, size, at_once, monkeypatch):
+    monkeypatch.setattr(joint, "edges_at_once", lambda x, edges: min(edges, at_once))
+    torch.manual_seed(1)  # with some seeds a ReLU lies within rounding of its kink: a jump of 1e-4 in float32
     slow, fast = both(dtype)
     x, y = torch.randn(6, 3, size, size, dtype=dtype), torch.randint(10, (6,))
     a, b = slow(x), fast(x.to(memory_format=torch.channels_last))
     assert (a - b).abs().max() <= tolerance
     F.cross_entropy(a, y).backward()
     F.cross_entropy(b, y).backward()
-    largest = max(float(p.grad.abs().max()) for p, _ in pairs(slow, fast))
-    for p, q in pairs(slow, fast):
+    largest = max(float(p.grad.abs().max()) for p, _, _ in pairs(slow, fast))
+    for p, q, part in pairs(slow, fast):
         assert p.grad.abs().max() > 0
-        assert (p.grad - q.grad).abs().max() <= tolerance * max(1.0, largest)
+        assert (p.grad - q.grad[part]).abs().max() <= tolerance * max(1.0, largest)
 
 
 def test_supernet_equals_the_written_out_one_in_eval_mode():

@@ -98,15 +98,22 @@ class WrittenOut(nn.Module):
 
 
 def pairs(net, fast):
-    """Matching weights of the two networks, (this one's, the fast one's), alpha first."""
-    found = [(net.alphas_normal, fast.alphas_normal), (net.alphas_reduce, fast.alphas_reduce)]
-    for a, b in [(net.stem, fast.stem), (net.classifier, fast.classifier)]:
-        found += zip(a.parameters(), b.parameters())
+    """Matching weights of the two networks, alpha first: (this one's parameter, the fast one's, which rows of it).
+
+    The fast network holds an operation of all edges that leave a state in one parameter, edge after edge.
+    """
+    same = [(net.stem, fast.stem, 0), (net.classifier, fast.classifier, 0)]
     for mine, theirs in zip(net.cells, fast.cells):
-        for a, b in ((mine.preprocess0, theirs.preprocess0), (mine.preprocess1, theirs.preprocess1)):
-            found += zip(a.parameters(), b.parameters())
-        for edge, ops in zip(mine.edges, theirs.ops):
-            for name, op in zip(PRIMITIVES, edge):
-                if any(True for _ in op.parameters()):
-                    found += zip(op.parameters(), ops[name].parameters(), strict=True)
+        same += [(mine.preprocess0, theirs.preprocess0, 0), (mine.preprocess1, theirs.preprocess1, 0)]
+        edges = iter(mine.edges)
+        for j in range(NODES):
+            for state in range(j + 2):
+                place, ops = j - max(0, state - 1), next(edges)  # place: among the nodes that read the state
+                if theirs.skips[state]:
+                    same.append((ops[3], theirs.skips[state][place], 0))
+                same += [(op, grouped, place) for op, grouped in zip(ops[4:], theirs.convs[state], strict=True)]
+    found = [(net.alphas_normal, fast.alphas_normal, slice(None)), (net.alphas_reduce, fast.alphas_reduce, slice(None))]
+    for a, b, place in same:
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            found.append((p, q, slice(place * len(p), (place + 1) * len(p))))
     return found
