@@ -23,7 +23,8 @@ faa-darts and darts are the baselines of Kashima et al. (arXiv 2012.09407), dha 
 
 Faster AutoAugment (function `search_policy`): a critic and a classifier share a WideResNet-40-2. The critic learns to
 tell real images from augmented ones, the classifier learns the real ones, and the policy learns to make images that the
-critic takes for real and the classifier puts where they belong.
+critic takes for real and the classifier puts where they belong. The policy, and Eq. (1) to (3) in it, is Kashima et
+al.'s. Augmentations, policy, run directories and their figures are joint_darts_faa.py's, to the letter.
 """
 
 from __future__ import annotations
@@ -68,10 +69,19 @@ BASELINE_QUICK = {  # --preset quick; the stages have their own
     "policy_lr": 1e-2,
 }
 # Which flags every stage understands; those given on the command line are handed on.
-BOTH = "train_epochs batch_size channels layers lr weight_decay grad_clip auxiliary_weight drop_path cutout".split()
-JOINT = ["search_epochs", "arch_lr", "search_batch_size", "search_images", "search_channels", "search_layers", *BOTH]
-DHA_SEARCH = [*"search_epochs arch_lr b_scale lasso freeze_distance max_params max_flops".split(), *BOTH[1:]]
-DHA_TRAIN = ["tau_lr", "beta_lr", "beta_wd", *BOTH]
+BOTH = "batch_size channels layers lr weight_decay grad_clip auxiliary_weight drop_path cutout".split()
+JOINT = [
+    "search_epochs",
+    "arch_lr",
+    "search_batch_size",
+    "search_images",
+    "search_channels",
+    "search_layers",
+    "train_epochs",
+    *BOTH,
+]
+DHA_SEARCH = [*"search_epochs arch_lr b_scale lasso freeze_distance max_params max_flops".split(), *BOTH]
+DHA_TRAIN = ["tau_lr", "beta_lr", "beta_wd", "train_epochs", *BOTH]
 FAA = "faa_epochs faa_images faa_batch_size faa_lr policy_lr sub_policies stages depth width".split()
 FAA += ["class_weight", "critic_weight", "penalty"]
 STAGE_FLAGS = {"faa-darts": {*FAA, *JOINT}, "darts": {*JOINT}, "dha": {*DHA_SEARCH, *DHA_TRAIN}}
@@ -116,7 +126,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
     formatter = lambda prog: Formatter(prog, max_help_position=34, width=110)
     parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=formatter, allow_abbrev=False)
     g = parser.add_argument_group("what to run")
-    g.add_argument("--method", choices=list(STAGE_FLAGS), help="which baseline")
+    g.add_argument("--method", choices=list(STAGE_FLAGS), help="which baseline (needed, but to go on with --resume)")
     g.add_argument("--preset", choices=["paper", "quick"], default="paper", help="settings; explicit flags win over it")
     g.add_argument("--seed", type=number(int, 0), default=0, help="seed of everything random")
     g.add_argument("--repeats", type=number(int, 1), default=1, help="run seeds S..S+R-1 and report mean and std")
@@ -135,7 +145,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
     g.add_argument("--workers", type=number(int, 1, 256), default=4, help="threads that read image files")
     g = parser.add_argument_group("machine")
     g.add_argument("--gpu", type=number(int, -1), help="GPU number, -1 for the CPU (default: 0 if there is one)")
-    g.add_argument("--amp", action="store_true", help="bfloat16 autocast (GPU only)")
+    g.add_argument("--amp", action="store_true", help="bfloat16 autocast in the called stages (GPU only)")
     g.add_argument(
         "--processes", type=number(int, 1), default=1, help="run the stages under torchrun, so many processes"
     )
@@ -156,23 +166,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
     g.add_argument("--width", type=number(int, 1), default=2, help="its width")
     g = parser.add_argument_group("handed to the later stages; each has its own default (see its --help)")
     g.add_argument("--search-epochs", type=number(int, 1), help="epochs of the architecture search")
-    g.add_argument("--search-batch-size", type=number(int, 2), help="images a batch in the search")
-    g.add_argument(
-        "--search-images", type=number(int, 4), help="use only so many of the training images (default: all)"
-    )
-    g.add_argument("--search-channels", type=number(int, 2), help="channels of the supernet (even)")
-    g.add_argument("--search-layers", type=number(int, 3), help="cells of the supernet")
     g.add_argument("--arch-lr", type=number(float, 0), help="Adam's learning rate for alpha (dha: b)")
-    g.add_argument("--b-scale", type=number(float, 1e-9), help="standard deviation of b's first values")
-    g.add_argument("--lasso", type=number(float, 1e-12), help="lambda of Eq. 4")
-    g.add_argument("--freeze-distance", type=number(float, 0), help="a node freezes if alpha moved no more")
-    g.add_argument(
-        "--max-params", type=number(int, 1), help="reject supports whose network has more parameters (Eq. 1)"
-    )
-    g.add_argument("--max-flops", type=number(int, 1), help="reject supports with more multiply-adds an image (Eq. 1)")
-    g.add_argument("--tau-lr", type=number(float, 0), help="learning rate of the policy (Eq. 2)")
-    g.add_argument("--beta-lr", type=number(float, 0), help="beta of Eq. 3 for the learning rate")
-    g.add_argument("--beta-wd", type=number(float, 0), help="beta of Eq. 3 for the weight decay")
     g.add_argument("--train-epochs", type=number(int, 1), help="epochs of training")
     g.add_argument("--batch-size", type=number(int, 2), help="images a step, over all GPUs")
     g.add_argument("--channels", type=number(int, 2), help="channels of the first cells (even)")
@@ -183,6 +177,24 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
     g.add_argument("--auxiliary-weight", type=number(float, 0), help="loss weight of the auxiliary head")
     g.add_argument("--drop-path", type=number(float, 0, 0.99), help="drop-path at the end of training")
     g.add_argument("--cutout", type=number(int, 0), help="side of the cutout square in pixels")
+    g = parser.add_argument_group("handed on by --method faa-darts and darts")
+    g.add_argument("--search-batch-size", type=number(int, 2), help="images a batch in the search")
+    g.add_argument(
+        "--search-images", type=number(int, 4), help="use only so many of the training images (default: all)"
+    )
+    g.add_argument("--search-channels", type=number(int, 2), help="channels of the supernet (even)")
+    g.add_argument("--search-layers", type=number(int, 3), help="cells of the supernet")
+    g = parser.add_argument_group("handed on by --method dha")
+    g.add_argument("--b-scale", type=number(float, 1e-9), help="standard deviation of b's first values")
+    g.add_argument("--lasso", type=number(float, 1e-12), help="lambda of DHA's Eq. 4")
+    g.add_argument("--freeze-distance", type=number(float, 0), help="a node freezes if alpha moved no more")
+    g.add_argument(
+        "--max-params", type=number(int, 1), help="reject supports whose network has more parameters (DHA's Eq. 1)"
+    )
+    g.add_argument("--max-flops", type=number(int, 1), help="reject supports with more multiply-adds (DHA's Eq. 1)")
+    g.add_argument("--tau-lr", type=number(float, 0), help="learning rate of the policy (DHA's Eq. 2)")
+    g.add_argument("--beta-lr", type=number(float, 0), help="beta of DHA's Eq. 3 for the learning rate")
+    g.add_argument("--beta-wd", type=number(float, 0), help="beta of DHA's Eq. 3 for the weight decay")
 
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
@@ -203,7 +215,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
     if args.method == "dha":  # its second stage would say so after its first
         for name, low, high in (("lr", 1e-4, 0.1), ("weight_decay", 0.0, 1e-2)):
             if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
-                parser.error(f"--{name.replace('_', '-')} must lie in [{low:g}, {high:g}] where Eq. 3 learns it")
+                parser.error(f"--{name.replace('_', '-')} must lie in [{low:g}, {high:g}] where DHA learns it")
     everything = set.union(*STAGE_FLAGS.values())
     args.given = sorted(explicit & everything)  # for the stages of a resumed run
     return args, explicit
@@ -688,12 +700,13 @@ def critic_step(s: PolicySearch, real: Tensor, labels: Tensor, other: Tensor, ar
     distance = value.mean() - s.net(augmented)[1].mean()
     share = torch.rand(len(real), device=real.device)
     penalty = gradient_penalty(lambda x: s.net(x)[1], real, augmented, share)
-    classes = F.cross_entropy(logits, labels)
+    class_loss = F.cross_entropy(logits, labels)
     s.net_optimizer.zero_grad()
-    (args.critic_weight * (args.penalty * penalty - distance) + args.class_weight * classes).backward()
+    critic_loss = args.penalty * penalty - distance  # Gulrajani et al., Eq. (3): E[D(fake)] - E[D(real)] + penalty
+    (args.critic_weight * critic_loss + args.class_weight * class_loss).backward()
     s.net_optimizer.step()
     accuracy = 100 * (logits.argmax(1) == labels).float().mean()
-    return torch.stack([distance, penalty, classes, accuracy]).detach()
+    return torch.stack([distance, penalty, class_loss, accuracy]).detach()
 
 
 def policy_step(s: PolicySearch, images: Tensor, labels: Tensor, args: argparse.Namespace) -> Tensor:
@@ -704,15 +717,15 @@ def policy_step(s: PolicySearch, images: Tensor, labels: Tensor, args: argparse.
     """
     s.net.requires_grad_(False)
     logits, value = s.net(s.augmented(images))
-    critic, classes = -value.mean(), F.cross_entropy(logits, labels)
+    critic_loss, class_loss = -value.mean(), F.cross_entropy(logits, labels)  # a generator's: -E[D(fake)]
     s.policy_optimizer.zero_grad()
-    (args.critic_weight * critic + args.class_weight * classes).backward()
+    (args.critic_weight * critic_loss + args.class_weight * class_loss).backward()
     s.policy_optimizer.step()
     with torch.no_grad():
         for parameter in (s.policy.p, s.policy.mu):
             parameter.clamp_(0, 1)
     accuracy = 100 * (logits.argmax(1) == labels).float().mean()
-    return torch.stack([critic, classes, accuracy]).detach()
+    return torch.stack([critic_loss, class_loss, accuracy]).detach()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -766,9 +779,12 @@ def load_checkpoint(out: Path) -> dict | None:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError) as e:
         raise InputError(f"cannot read {path}: {e}") from e
+    if not isinstance(content, dict):
+        raise InputError(f"cannot read {path}: it holds no {{...}}")
+    return content
 
 
 def say(text: str) -> None:
@@ -862,15 +878,16 @@ def settings_of(args: argparse.Namespace, explicit: set[str], out: Path) -> argp
     config = out / "config.json"
     if config.exists() and args.resume:
         about = read_json(config)
-        saved = about.get("args", {})
+        saved, script = about.get("args", {}), about.get("script")
+        if script != Path(__file__).name:
+            raise InputError(f"{out} is a run of {script}: resume it with that, or choose a new --out")
         if saved.keys() != vars(args).keys():
             raise InputError(f"{config} is not of this version of {Path(__file__).name}: choose a new --out")
         for name in sorted(explicit - free):
             if getattr(args, name) != saved[name]:
                 flag = "--" + name.replace("_", "-")
-                raise InputError(
-                    f"{out} was started with {flag} {saved[name]}: leave {flag} out, or choose a new --out"
-                )
+                how = f"without {flag}" if saved[name] in (None, False) else f"with {flag} {saved[name]}"
+                raise InputError(f"{out} was started {how}: leave {flag} out, or choose a new --out")
         if about.get("processes") != processes():
             raise InputError(f"{out} was started with {about.get('processes')} processes: resume it with as many")
         return argparse.Namespace(**(saved | {name: getattr(args, name) for name in explicit & free}))
@@ -977,8 +994,6 @@ def search_policy(args: argparse.Namespace, data: Data, out: Path, device: torch
     few = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(args.seed)).to(device)
     few = few[: args.faa_images]
     half = min(args.faa_batch_size, len(few) // 2 * 2) // 2
-    if half < 2:
-        raise InputError("Faster AutoAugment needs at least 4 images: 2 real ones and 2 to augment")
     steps = len(few) // (2 * half)
     for epoch in range(state["epoch"], args.faa_epochs):
         start = time.time()
@@ -1092,6 +1107,20 @@ def stage_flags(args: argparse.Namespace, names: list[str]) -> list[str]:
     return flags
 
 
+def check_processes(args: argparse.Namespace, images: int, device: torch.device) -> None:
+    """Raise InputError now where a later stage would refuse --processes."""
+    n, usual = args.processes, 96 if args.preset == "paper" else 64
+    if n > 1 and device.type == "cuda" and n > torch.cuda.device_count():
+        raise InputError(f"--processes {n}: this machine has {torch.cuda.device_count()} GPUs")
+    batches = {"batch_size": min(args.batch_size or usual, images)}
+    if args.method != "dha":
+        half = min(images, args.search_images or images) // 2
+        batches["search_batch_size"] = min(args.search_batch_size or 64, half)
+    for name, size in batches.items():
+        if size % n:
+            raise InputError(f"--{name.replace('_', '-')}: {size} images cannot be shared by {n} processes")
+
+
 def run_baseline(args: argparse.Namespace, out: Path, device: torch.device) -> dict:
     """All stages of one seed into the run directory `out`; returns what result.json holds."""
     if (out / "result.json").exists():
@@ -1101,7 +1130,8 @@ def run_baseline(args: argparse.Namespace, out: Path, device: torch.device) -> d
     auxiliary = args.auxiliary_weight if "auxiliary_weight" in args.given else 0.4 * (args.preset == "paper")
     check_data(argparse.Namespace(auxiliary_weight=auxiliary), data)
     if args.method != "dha" and len(data.train_images) < 4:
-        raise InputError("the search splits the training images in two: it needs at least 4")
+        raise InputError("a search splits its images in two: it needs at least 4 for training")
+    check_processes(args, len(data.train_images), device)
     if not (out / "config.json").exists():
         create_run(args, out)
 
@@ -1169,8 +1199,10 @@ PAPERS = {
     ("Sequential DHA", ""): {"cifar10": "97.77 ± 0.14", "cifar100": "83.51 ± 0.12"},
     ("DHA", ""): {"cifar10": "98.11 ± 0.26", "cifar100": "83.93 ± 0.23"},
 }
-# Flags that say what is run, where, or how fast, and not how; a run with no others has the paper's settings.
-HARMLESS = "method dataset data_dir preset seed repeats out resume workers gpu amp processes no_da no_hpo".split()
+# Flags that say where a run is, or how fast; runs that differ in these alone are compared as one.
+WHERE = "seed repeats out resume workers gpu evaluate compare".split()
+# Flags that say what is run, and not how; a run with no others has the paper's settings.
+HARMLESS = [*WHERE, *"method dataset data_dir preset amp processes no_da no_hpo".split()]
 
 
 def method_of(script: str, settings: dict) -> str:
@@ -1192,13 +1224,16 @@ def method_of(script: str, settings: dict) -> str:
     return name + "".join(f", no {part}" for part in off)
 
 
+def changed_settings(config: dict) -> list[str]:
+    """The flags that a run's command gave and that change what comes out. config: the run's config.json."""
+    words = [word.split("=")[0] for word in shlex.split(config["command"])[1:] if word.startswith("--")]
+    given = {word[2:].replace("-", "_") for word in words} - {*HARMLESS}
+    return sorted(given - ({"policy"} if config["args"].get("policy") == "none" else set()))
+
+
 def paper_accuracy(method: str, config: dict) -> str:
     """The paper's accuracy where a run had the paper's settings, else "-". config: the run's config.json."""
-    settings = config["args"]
-    given = {
-        word.split("=")[0][2:].replace("-", "_") for word in shlex.split(config["command"])[1:] if word[:2] == "--"
-    }
-    changed = given - {*HARMLESS} - ({"policy"} if settings.get("policy") == "none" else set())
+    settings, changed = config["args"], set(changed_settings(config))
     epochs = "" if "DHA" in method or "ISTA" in method else str(settings["search_epochs"] or 50)
     if epochs in ("25", "50"):
         changed -= {"search_epochs"}
@@ -1208,46 +1243,69 @@ def paper_accuracy(method: str, config: dict) -> str:
 
 
 def read_runs(folders: list[str]) -> list[tuple[dict, dict]]:
-    """(config, result) of every finished run in `folders`, or one level below. Raises InputError if there is none."""
-    runs = []
+    """(config, result) of every finished run in `folders`, or one level below; a folder named twice counts once.
+
+    Raises InputError if one does not exist, if none is finished, and for files that no run has written.
+    """
+    runs: dict[Path, tuple[dict, dict]] = {}
     for folder in map(Path, folders):
-        found = (
-            [folder] if (folder / "config.json").exists() else sorted(p.parent for p in folder.glob("*/config.json"))
-        )
-        found = [path for path in found if (path / "result.json").exists()]
+        if not folder.exists():
+            raise InputError(f"there is no folder {folder}")
+        found = [folder] if (folder / "config.json").exists() else [p.parent for p in folder.glob("*/config.json")]
         if not found:
-            raise InputError(f"there is no finished run in {folder} (no config.json and result.json)")
-        for path in found:
+            say(f"note: there is no run in {folder} (no config.json)")
+        for path in sorted(found):
+            if not (path / "result.json").exists():
+                say(f"note: {path} is not finished (no result.json)")
+                continue
             config, result = read_json(path / "config.json"), read_json(path / "result.json")
+            if "test_accuracy" not in result:
+                say(f"note: {path} was a search only, it has no test accuracy")
+                continue
             try:
-                if "test_accuracy" not in result.keys():
-                    say(f"note: {path} was a search only, it has no test accuracy")
-                    continue
-                method_of(config["script"], config["args"]), paper_accuracy("", config)
-                [result[key] + 0 for key in ("test_accuracy", "params", "search_seconds", "seconds")]
-                result["dataset"], config["args"]["seed"]
+                check_run(config, result)
             except (AttributeError, KeyError, TypeError, ValueError) as e:
                 raise InputError(f"{path} is not a run of these scripts: {type(e).__name__}: {e}") from e
-            runs.append((config, result))
+            runs[path.resolve()] = config, result
     if not runs:
-        raise InputError("none of these runs has a test accuracy")
-    return runs
+        raise InputError("there is no finished run with a test accuracy")
+    return list(runs.values())
+
+
+def check_run(config: dict, result: dict) -> None:
+    """Raises an AttributeError, KeyError, TypeError or ValueError where `compare` would."""
+    method_of(config["script"], config["args"])
+    changed_settings(config)
+    if not {"dataset", "data_dir", "preset", "seed"} <= config["args"].keys() or "dataset" not in result:
+        raise KeyError("config.json or result.json lacks a setting")
+    for name in ("test_accuracy", "params", "search_seconds", "seconds"):
+        if not math.isfinite(result[name]):
+            raise ValueError(f"{name} is {result[name]}")
 
 
 def compare(runs: list[tuple[dict, dict]]) -> str:
     """A table of runs (config, result), as text and in Markdown: seeds of the same settings are one row."""
     groups: dict[tuple, list] = {}
     for config, result in runs:
-        settings = {k: v for k, v in config["args"].items() if k not in (*HARMLESS, "evaluate", "compare")}
-        key = (config["script"], method_of(config["script"], config["args"]), result["dataset"])
-        settings["preset"] = config["args"]["preset"]
+        elsewhere = [] if result["dataset"] == "folder" else ["data_dir"]
+        settings = {k: v for k, v in config["args"].items() if k not in (*WHERE, *elsewhere, "given")}
+        key = (result["dataset"], method_of(config["script"], config["args"]), config["script"])
         groups.setdefault((*key, json.dumps(settings, sort_keys=True)), []).append((config, result))
     spread = lambda values: f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
-    rows = [["method", "data set", "preset", "seeds", "accuracy (%)", "paper (%)", "parameters", "search", "total"]]
-    for (_, method, dataset, _), group in sorted(groups.items(), key=lambda item: (item[0][2], item[0][1])):
-        results = [result for _, result in group]
-        row = [method, dataset, group[0][0]["args"]["preset"], str(len(group))]
-        row += [spread([r["test_accuracy"] for r in results]), paper_accuracy(method, group[0][0])]
+    rows = ["method, data set, settings, seeds, accuracy (%), paper (%), parameters, search, total".split(", ")]
+    for (dataset, method, _, _), group in sorted(groups.items()):
+        config, results = group[0][0], [result for _, result in group]
+        shown = [config["args"]["preset"]] if config["args"]["preset"] != "paper" else []
+        for name in changed_settings(config):
+            value = config["args"].get(name)
+            given = "" if value is True or name in ("policy", "genotype") else f" {value}"
+            shown.append(f"--{name.replace('_', '-')}{given}")
+        folder = f" {config['args']['data_dir']}" if dataset == "folder" else ""
+        seeds = len({c["args"]["seed"] for c, _ in group})
+        if seeds < len(group):
+            say(f"note: {method} on {dataset}: {len(group)} runs of {seeds} different seeds")
+        row = [method, dataset + folder, " ".join(shown) or "paper", str(seeds)]
+        row += [spread([r["test_accuracy"] for r in results]), paper_accuracy(method, config)]
         row.append(f"{mean(r['params'] for r in results) / 1e6:.3g} M")
         row += [duration(mean(r[key] for r in results)) for key in ("search_seconds", "seconds")]
         rows.append(row)
@@ -1410,9 +1468,9 @@ def main(argv: list[str] | None = None) -> int:
         for seed in range(args.seed, args.seed + args.repeats):
             out = Path(args.out or f"runs/baseline_sequential-{args.dataset}-seed{seed}")
             out = out / f"seed{seed}" if args.out and args.repeats > 1 else out
+            if not args.method and not (out / "config.json").exists():
+                raise InputError(f"--method is missing, and there is no run in {out} to go on with")
             mine = settings_of(argparse.Namespace(**vars(args) | {"seed": seed}), explicit, out)
-            if not mine.method:
-                raise InputError("--method is missing: there is no run to go on with")
             device = choose_device(mine.gpu)
             if mine.amp and device.type == "cpu":
                 raise InputError("--amp needs a GPU")
@@ -1444,7 +1502,9 @@ def evaluate_last_stage(args: argparse.Namespace, explicit: set[str]) -> int:
     if not (run_dir / "result.json").exists():
         raise InputError(f"there is no finished run in {run_dir}")
     last = run_dir / list(read_json(run_dir / "result.json").get("stage_seconds", {"": 0}))[-1]
-    script = read_json(last / "config.json")["script"]
+    script = read_json(last / "config.json").get("script")
+    if script not in ("dha.py", "joint_darts_faa.py"):
+        raise InputError(f"{last} is not a finished run of these scripts")
     names = explicit & {"dataset", "data_dir", "image_size", "limit_train", "limit_test", "workers", "gpu"}
     flags = [word for name in sorted(names) for word in ("--" + name.replace("_", "-"), str(getattr(args, name)))]
     return subprocess.call([sys.executable, str(Path(__file__).with_name(script)), "--evaluate", str(last), *flags])

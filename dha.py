@@ -966,9 +966,12 @@ def load_checkpoint(out: Path) -> dict | None:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError) as e:
         raise InputError(f"cannot read {path}: {e}") from e
+    if not isinstance(content, dict):
+        raise InputError(f"cannot read {path}: it holds no {{...}}")
+    return content
 
 
 def say(text: str) -> None:
@@ -1062,15 +1065,16 @@ def settings_of(args: argparse.Namespace, explicit: set[str], out: Path) -> argp
     config = out / "config.json"
     if config.exists() and args.resume:
         about = read_json(config)
-        saved = about.get("args", {})
+        saved, script = about.get("args", {}), about.get("script")
+        if script != Path(__file__).name:
+            raise InputError(f"{out} is a run of {script}: resume it with that, or choose a new --out")
         if saved.keys() != vars(args).keys():
             raise InputError(f"{config} is not of this version of {Path(__file__).name}: choose a new --out")
         for name in sorted(explicit - free):
             if getattr(args, name) != saved[name]:
                 flag = "--" + name.replace("_", "-")
-                raise InputError(
-                    f"{out} was started with {flag} {saved[name]}: leave {flag} out, or choose a new --out"
-                )
+                how = f"without {flag}" if saved[name] in (None, False) else f"with {flag} {saved[name]}"
+                raise InputError(f"{out} was started {how}: leave {flag} out, or choose a new --out")
         if about.get("processes") != processes():
             raise InputError(f"{out} was started with {about.get('processes')} processes: resume it with as many")
         return argparse.Namespace(**(saved | {name: getattr(args, name) for name in explicit & free}))

@@ -562,6 +562,8 @@ class Policy(nn.Module):
 NODES = 4  # intermediate nodes of a cell; node j reads states 0..j+1
 EDGE = [[j * (j + 3) // 2 + state for state in range(j + 2)] for j in range(NODES)]  # an edge's row in alpha
 READERS = [range(max(0, state - 1), NODES) for state in range(NODES + 1)]  # the nodes that read a state
+MAX_POOL, SKIP = PRIMITIVES.index("max_pool_3x3"), PRIMITIVES.index("skip_connect")  # avg_pool_3x3 lies between
+CONVOLUTIONS = PRIMITIVES[SKIP + 1 :]  # separable 3x3 and 5x5, dilated 3x3 and 5x5
 
 
 class Moments(torch.autograd.Function):
@@ -582,7 +584,7 @@ class Moments(torch.autograd.Function):
 
 
 class NormalizeRows(torch.autograd.Function):
-    """gain (C,) times rows (N, C) less their mean over sqrt(variance + eps), and that mean and variance, both (C,).
+    """gain * (rows - mean) / sqrt(variance + eps) of rows (N, C), gain (C,); and mean and variance, both (C,).
 
     Reads and writes the rows fewer times than autograd would. PyTorch's own kernel for channels_last images on the CPU
     adds up in a single float a channel, with ten times the rounding error.
@@ -612,8 +614,9 @@ class NormalizeRows(torch.autograd.Function):
 
 
 def scaled_batch_norm(x: Tensor, bn: nn.BatchNorm2d, gain: Tensor | None = None, part: slice = slice(None)) -> Tensor:
-    """The channels `part` of bn on x (B, C, H, W), with `gain` (C,) for its own weight if there is one."""
-    gain, statistics = bn.weight if gain is None else gain, (bn.running_mean[part], bn.running_var[part])
+    """The channels `part` of bn, on x (B, C, H, W). gain (C,): takes the place of bn's own weight, if given."""
+    gain = bn.weight if gain is None else gain
+    statistics = bn.running_mean[part], bn.running_var[part]
     if x.is_cuda or not bn.training:
         return F.batch_norm(x, *statistics, gain, bn.bias, bn.training, bn.momentum, bn.eps)
     C = x.shape[1]
@@ -627,23 +630,24 @@ def scaled_batch_norm(x: Tensor, bn: nn.BatchNorm2d, gain: Tensor | None = None,
 def pointwise_bn(
     x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, gain: Tensor | None = None, part: slice = slice(None)
 ) -> Tensor:
-    """scaled_batch_norm of a grouped 1x1 convolution, of its output channels `part`.
+    """scaled_batch_norm of a grouped 1x1 convolution of x, of its output channels `part`.
 
     On the CPU in training the convolution's output is never normalised, it comes out normalised: its mean is W mean(x)
     and its variances are diag(W Cov(x) W^T), so batch norm becomes a scale and a shift of the convolution. That reads
     x twice and writes once, where a convolution and a batch norm pass over the image seven times. With more than 32
-    channels the covariance costs more than the passes.
+    channels the covariance costs more than the passes. In float32 x should not lie further than some 100 standard
+    deviations from 0: Cov(x) is E[x x^T] - E[x] E[x]^T.
     """
     W, C = conv.weight[part].flatten(1), x.shape[1]  # W: (C_out, C / groups)
     groups = C // W.shape[1]
-    if x.is_cuda or not bn.training or C > 32:
+    if x.is_cuda or not bn.training or bn.affine or C > 32:
         return scaled_batch_norm(F.conv2d(x, W[:, :, None, None], groups=groups), bn, gain, part)
     whole = torch.block_diag(*W.split(len(W) // groups)) if groups > 1 else W  # (C_out, C)
     N = x.numel() // C
     mean, covariance = Moments.apply(x.permute(0, 2, 3, 1).reshape(N, C))
     mean, variance = whole @ mean, ((whole @ covariance) * whole).sum(1)
     update_statistics(bn.running_mean[part], bn.running_var[part], bn.momentum, mean, variance, N)
-    factor = (variance + bn.eps).rsqrt() * (1 if gain is None else gain)
+    factor = (variance.clamp(min=0) + bn.eps).rsqrt() * (1 if gain is None else gain)
     return F.conv2d(x, (factor[:, None] * W)[:, :, None, None], -factor * mean, groups=groups)
 
 
@@ -656,8 +660,8 @@ def update_statistics(
     running_var.lerp_(variance * (count / (count - 1)), momentum)
 
 
-class WeightedOperations(nn.Module):
-    """One kind of candidate with parameters on all E edges that leave a state, side by side in the channels.
+class CandidateOnAllEdges(nn.Module):
+    """One candidate operation with parameters on all E edges that leave a state, side by side in the channels.
 
     Takes relu(x), because all these candidates begin with it. They end in a batch norm, and their weight in the mixture
     is its scale: one pass over the image less, and the gradient of the weight comes for nothing.
@@ -667,8 +671,9 @@ class WeightedOperations(nn.Module):
         super().__init__()
         C, k, dilation = channels, int(name[-1]), 2 if name.startswith("dil") else 1
         self.channels, self.layers = C, nn.ModuleList()
-        for stride in (stride, 1) if dilation == 1 else (stride,):  # a separable convolution is two such blocks
-            self.layers.append(common.DepthwiseConv(edges * C, k, stride, dilation))
+        strides = (stride, 1) if dilation == 1 else (stride,)  # a separable convolution is two such blocks
+        for s in strides:
+            self.layers.append(common.DepthwiseConv(edges * C, k, s, dilation))
             self.layers.append(nn.Conv2d(edges * C, edges * C, 1, groups=edges, bias=False))
             self.layers.append(nn.BatchNorm2d(edges * C, affine=False))
 
@@ -684,49 +689,62 @@ class WeightedOperations(nn.Module):
 
 
 class DartsCell(nn.Module):
-    """A cell whose 14 edges all carry the mixed operation of Eq. (5)."""
+    """A cell whose 14 edges all carry the mixed operation of Eq. (5).
+
+    Node j is the sum over its states i < j + 2 and the operations o of weight[EDGE[j][i], o] * o(state i), as
+    tests/written_out.py has it in a plain loop. Here the outer loop is over i, because all edges that leave a state
+    share its ReLU and its pools; "none" adds nothing; and an operation that ends in a batch norm has its weight as that
+    one's scale, here `gain`.
+    """
 
     def __init__(self, c_before: int, c_in: int, channels: int, reduction: bool, halved: bool):
         super().__init__()
         build = FactorizedReduce if halved else common.relu_conv_bn
         self.preprocess0 = build(c_before, channels, affine=False)
         self.preprocess1 = common.relu_conv_bn(c_in, channels, affine=False)
-        self.strides = [2 if reduction and state < 2 else 1 for state in range(NODES + 1)]
+        self.strides = [2 if reduction and i < 2 else 1 for i in range(NODES + 1)]
         self.pool_norms, self.skips, self.convs = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()  # by state
         for readers, stride in zip(READERS, self.strides):
             E = len(readers)
             self.pool_norms.append(nn.ModuleList(nn.BatchNorm2d(channels, affine=False) for _ in range(2)))
             skips = E if stride == 2 else 0  # of stride 1 they have no parameters
             self.skips.append(nn.ModuleList(FactorizedReduce(channels, channels, affine=False) for _ in range(skips)))
-            self.convs.append(nn.ModuleList(WeightedOperations(n, channels, stride, E) for n in PRIMITIVES[4:]))
+            self.convs.append(nn.ModuleList(CandidateOnAllEdges(o, channels, stride, E) for o in CONVOLUTIONS))
 
     def forward(self, s0: Tensor, s1: Tensor, weight: Tensor) -> Tensor:
         """weight: softmax of alpha, (14, 8)."""
         states = [preprocess(self.preprocess0, s0), preprocess(self.preprocess1, s1)]
         nodes: list[Tensor | float] = [0.0] * NODES
-        for state, readers in enumerate(READERS):  # what leaves a state shares its ReLU and pools; "none" adds nothing
-            x, stride = states[state], self.strides[state]
-            edges = [EDGE[j][state] for j in readers]
-            pools = F.max_pool2d(x, 3, stride, 1), F.avg_pool2d(x, 3, stride, 1, count_include_pad=False)
-            free = [scaled_batch_norm(pool, bn) for bn, pool in zip(self.pool_norms[state], pools)]
-            free += [x] if stride == 1 else []
-            mixed = mix(free, weight[edges, 1 : 1 + len(free)])  # Eq. (5), operations without parameters
-
+        for i, readers in enumerate(READERS):
+            x, C, stride = states[i], states[i].shape[1], self.strides[i]
+            weights = weight[[EDGE[j][i] for j in readers]]  # (E, 8)
+            mixed = self.without_parameters(i, x, weights)  # by edge: (B, C, H / stride, W / stride)
+            for e, skip in enumerate(self.skips[i]):  # skip-connections of stride 2
+                gain = weights[e, SKIP].repeat(C)
+                mixed[e] = mixed[e] + scaled_batch_norm(skip.halves(x), skip.bn, gain)
             relu = F.relu(x)
-            for e, skip in enumerate(self.skips[state]):
-                mixed[e] = mixed[e] + scaled_batch_norm(skip.halves(x), skip.bn, weight[edges[e], 3].repeat(x.shape[1]))
-            n = edges_at_once(relu, len(edges))
-            for first in range(0, len(edges), n):
-                some = edges[first : first + n]
-                wide = torch.cat([relu] * len(some), 1) if len(some) > 1 else relu  # (B, n C, H, W)
-                sep3, sep5, dil3, dil5 = (op(wide, weight[some, o], first) for o, op in enumerate(self.convs[state], 4))
-                for e, part in enumerate((sep3 + sep5 + dil3 + dil5).split(x.shape[1], 1), first):
-                    mixed[e] = mixed[e] + part  # Eq. (5), operations with parameters
-            for j, sum_of_edge in zip(readers, mixed):
-                nodes[j] = nodes[j] + sum_of_edge
-            if state:
-                states.append(nodes[state - 1])  # nobody else writes to it
+            n = edges_at_once(x, len(readers))
+            for first in range(0, len(readers), n):
+                few = weights[first : first + n]
+                copies = torch.cat([relu] * len(few), 1) if len(few) > 1 else relu  # (B, n C, H, W)
+                sep3, sep5, dil3, dil5 = (
+                    op(copies, few[:, PRIMITIVES.index(o)], first) for o, op in zip(CONVOLUTIONS, self.convs[i])
+                )
+                for e, conv in enumerate((sep3 + sep5 + dil3 + dil5).split(C, 1), first):
+                    mixed[e] = mixed[e] + conv
+            for j, edge in zip(readers, mixed):
+                nodes[j] = nodes[j] + edge  # Eq. (5), summed over i
+            if i:
+                states.append(nodes[i - 1])  # complete: i was the last state that it reads
         return torch.cat(states[2:], 1)  # (B, 4 C, H, W)
+
+    def without_parameters(self, i: int, x: Tensor, weights: Tensor) -> list[Tensor]:
+        """The pools of state i, and the skip-connection of stride 1, of every edge: the first terms of Eq. (5)."""
+        stride = self.strides[i]
+        pools = F.max_pool2d(x, 3, stride, 1), F.avg_pool2d(x, 3, stride, 1, count_include_pad=False)
+        outputs = [scaled_batch_norm(pool, bn) for bn, pool in zip(self.pool_norms[i], pools)]
+        outputs += [x] if stride == 1 else []
+        return mix(outputs, weights[:, MAX_POOL : MAX_POOL + len(outputs)])
 
 
 def edges_at_once(x: Tensor, edges: int) -> int:
@@ -960,9 +978,12 @@ def load_checkpoint(out: Path) -> dict | None:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError) as e:
         raise InputError(f"cannot read {path}: {e}") from e
+    if not isinstance(content, dict):
+        raise InputError(f"cannot read {path}: it holds no {{...}}")
+    return content
 
 
 def say(text: str) -> None:
@@ -1056,15 +1077,16 @@ def settings_of(args: argparse.Namespace, explicit: set[str], out: Path) -> argp
     config = out / "config.json"
     if config.exists() and args.resume:
         about = read_json(config)
-        saved = about.get("args", {})
+        saved, script = about.get("args", {}), about.get("script")
+        if script != Path(__file__).name:
+            raise InputError(f"{out} is a run of {script}: resume it with that, or choose a new --out")
         if saved.keys() != vars(args).keys():
             raise InputError(f"{config} is not of this version of {Path(__file__).name}: choose a new --out")
         for name in sorted(explicit - free):
             if getattr(args, name) != saved[name]:
                 flag = "--" + name.replace("_", "-")
-                raise InputError(
-                    f"{out} was started with {flag} {saved[name]}: leave {flag} out, or choose a new --out"
-                )
+                how = f"without {flag}" if saved[name] in (None, False) else f"with {flag} {saved[name]}"
+                raise InputError(f"{out} was started {how}: leave {flag} out, or choose a new --out")
         if about.get("processes") != processes():
             raise InputError(f"{out} was started with {about.get('processes')} processes: resume it with as many")
         return argparse.Namespace(**(saved | {name: getattr(args, name) for name in explicit & free}))

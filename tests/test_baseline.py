@@ -272,10 +272,51 @@ def test_compare_keeps_different_settings_apart(tmp_path):
     assert sorted((r[3], r[4]) for r in rows) == [("1", "80.00"), ("2", "91.00 ± 1.41")]
 
 
+def test_compare_names_settings_and_keeps_folders_apart(tmp_path):
+    runs = [
+        fake_run(tmp_path / "a", "dha.py", "--dataset folder --data-dir cats", 90.0),
+        fake_run(tmp_path / "b", "dha.py", "--dataset folder --data-dir dogs --seed 1", 50.0),
+        fake_run(tmp_path / "c", "dha.py", "--preset quick --channels 18 --no-da", 80.0),
+    ]
+    rows = rows_of(baseline.compare(baseline.read_runs([str(r) for r in runs])))[1:]
+    assert {(r[1], r[2], r[4]) for r in rows} == {
+        ("folder cats", "paper", "90.00"),
+        ("folder dogs", "paper", "50.00"),
+        ("shapes", "quick --channels 18", "80.00"),
+    }
+
+
+def test_compare_counts_a_run_once_and_passes_over_the_unfinished(tmp_path, capsys):
+    run = fake_run(tmp_path / "a", "dha.py", "--seed 1", 90.0)
+    other = fake_run(tmp_path / "b", "dha.py", "--seed 1", 80.0)
+    (fake_run(tmp_path / "c", "dha.py", "--seed 3", 10.0) / "result.json").unlink()
+    (tmp_path / "d").mkdir()
+    assert (
+        baseline.main(
+            ["--compare", str(run), str(run), str(tmp_path / "a" / "."), str(tmp_path / "c"), str(tmp_path / "d")]
+        )
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'c'} is not finished" in said and f"no run in {tmp_path / 'd'}" in said
+    assert [(r[3], r[4]) for r in rows_of(said)[1:]] == [("1", "90.00")]
+    assert baseline.main(["--compare", str(tmp_path)]) == 0  # the folder around them
+    said = capsys.readouterr().out
+    assert "2 runs of 1 different seeds" in said
+    assert [(r[3], r[4]) for r in rows_of(said)[1:]] == [("1", "85.00 ± 7.07")]
+    assert other.exists()
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         lambda run: shutil.rmtree(run),
+        lambda run: (shutil.rmtree(run), run.write_text("a file")),
+        lambda run: (run / "config.json").write_text("[]"),
+        lambda run: (run / "result.json").write_text((run / "result.json").read_text().replace("90.0", "NaN")),
+        lambda run: (run / "config.json").write_text(
+            (run / "config.json").read_text().replace("cifar10", "7").replace("preset", "p")
+        ),
         lambda run: (run / "result.json").unlink(),
         lambda run: (run / "result.json").write_text("{"),
         lambda run: (run / "result.json").write_text("[]"),

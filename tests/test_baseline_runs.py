@@ -75,6 +75,38 @@ def test_evaluate_and_compare_and_resume_of_a_finished_run(done, capfd):
     assert before == {p: p.read_bytes() for p in done.rglob("*") if p.is_file()}
 
 
+@pytest.mark.parametrize(
+    "config, result",
+    [
+        ('{"script": "dha.py", "args": {}}', "[]"),
+        ('{"script": "baseline_sequential.py", "args": {}}', "{}"),
+        ('{"script": "../dha.py", "args": {}}', "{}"),
+        ("{}", '{"stage_seconds": {"darts": 1}}'),
+        ("[]", "{}"),
+    ],
+)
+def test_evaluate_of_a_damaged_run_is_one_line(config, result, tmp_path, capfd):
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "result.json").write_text(result)
+    assert baseline.main(["--evaluate", str(tmp_path)]) == 2
+    assert one_line_error(capfd)
+
+
+@pytest.mark.parametrize(
+    "program, folder, flags, said",
+    [
+        (baseline, "darts", ["--method", "darts"], "is a run of joint_darts_faa.py"),
+        (joint, "", [], "is a run of baseline_sequential.py"),
+        (joint, "darts", ["--genotype", "DARTS_V2"], "was started without --genotype"),
+        (joint, "darts", ["--lr", "0.7"], "was started with --lr"),
+    ],
+)
+def test_resume_with_what_does_not_fit(program, folder, flags, said, done, capfd):
+    assert program.main(["--resume", "--out", str(done / folder), *flags]) == 2
+    error = capfd.readouterr().err
+    assert said in error and error.startswith("error: ") and error.count("\n") == 1
+
+
 def alive(word: str) -> list[str]:
     """Command lines of running processes with `word` in them."""
     found = []
@@ -211,6 +243,7 @@ BAD_FLAGS = [
     ["--limit-train", "3"],
     ["--image-size", "4"],
     ["--auxiliary-weight", "0.4", "--image-size", "16"],
+    ["--processes", "3"],  # 64 images a batch
     ["--evaluate", "{dir}/nothing"],
     ["--evaluate", "{dir}"],
     ["--compare", "{dir}/nothing"],
