@@ -1,6 +1,6 @@
 """A question whose answer is known: does the joint search find contrast operations where images have lost contrast?
 
-    python tests/known_answer_joint.py --seeds 3        # 4 minutes a seed and data set on 2 cores
+    python tests/known_answer_joint.py --seeds 3        # 5 minutes a seed and data set on 2 cores
 
 Searches on `shapes` as it is, and on `shapes` whose images, training and test, have each lost a random part of their
 contrast (blended with their mean gray, 15 to 60 % left). Prints the probability that AutoContrast, Equalize or Contrast is
@@ -8,7 +8,7 @@ selected, mean over sub-policies and stages, before and after the search. Assert
 
 The policy starts with all operations equally likely. The search's own start, z from U(0, 1) at temperature 0.05, gives
 some operations 1e-6 of a stage, and almost no gradient: --random-start shows what it makes of the question. The search is
-quick's, but long enough for the network to learn: 10 epochs of 4,000 images, with smaller steps of the policy.
+quick's, but long enough for the network to learn: 8 epochs of 3,200 images, with smaller steps of the policy.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> None:
     mine, flags = parser.parse_known_args()
     if not mine.random_start:
         joint.Policy = EvenStart
-    longer = ["--search-epochs", "10", "--search-images", "4000", "--policy-lr", "2e-3"]
+    longer = ["--search-epochs", "8", "--search-images", "3200", "--policy-lr", "3e-3"]
     plain = common.load_data("shapes")
     dull = plain._replace(
         train_images=without_contrast(plain.train_images, 1), test_images=without_contrast(plain.test_images, 2)
