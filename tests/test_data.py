@@ -1,0 +1,482 @@
+"""common.py's data sets and batches, against files made here, PIL, and every outcome written out."""
+
+import io
+import pickle
+import sys
+import urllib.error
+import urllib.request
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+
+import common
+from common import InputError, batches, cutout, load_data, mean_std, normalize, random_crop_flip, shapes
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def halves(data):
+    """(images, labels) to train on and to test on; their types are checked on the way."""
+    for images, labels in (data[:2], data[2:4]):
+        assert images.dtype == torch.uint8 and labels.dtype == torch.int64 and images.is_contiguous()
+        assert images.shape[:2] == (len(labels), 3)
+    return data[:2], data[2:4]
+
+
+def as_arrays(images):
+    """uint8 (N, 3, H, W) as NumPy (N, H, W, 3)."""
+    return images.permute(0, 2, 3, 1).numpy()
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True))
+
+
+# -----------------------------------------------------------------------------
+# Generated images
+# -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def generated():
+    """3,000 images to train on and 1,000 others."""
+    return shapes(3000, seed=1), shapes(1000, seed=2)
+
+
+def test_shapes_depend_on_the_seed_alone():
+    first = shapes(200, seed=5)
+    state = torch.get_rng_state()
+    again, other = shapes(200, seed=5), shapes(200, seed=6)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(first, again) and not torch.equal(first[0], other[0]) and not torch.equal(first[1], other[1])
+
+
+def test_shapes_are_balanced_images(generated):
+    images, labels = generated[0]
+    assert images.shape == (3000, 3, 32, 32) and images.dtype == torch.uint8 and labels.dtype == torch.int64
+    assert Counter(labels.tolist()) == {k: 300 for k in range(10)}
+    assert images.min() == 0 and images.max() == 255
+    assert len(torch.unique(images.flatten(1), dim=0)) == 3000
+    assert not torch.equal(labels, labels.sort().values)
+    assert shapes(7, seed=0)[0].shape == (7, 3, 32, 32)
+
+
+def best_linear_accuracy(x, y, x_test, y_test, strengths):
+    """Of ridge regressions from (N, D) to one-hot labels, in the dual form, the best on the test data."""
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    x, x_test = (x - mean) / std, (x_test - mean) / std
+    gram, kernel, targets = (x @ x.T).double(), (x_test @ x.T).double(), F.one_hot(y, 10).double() - 0.1
+    accuracies = []
+    for strength in strengths:
+        weights = torch.cholesky_solve(targets, torch.linalg.cholesky(gram + strength * torch.eye(len(x))))
+        accuracies.append(((kernel @ weights).argmax(1) == y_test).double().mean().item())
+    return max(accuracies)
+
+
+def test_shapes_defeat_a_linear_classifier(generated):
+    (images, y), (images_test, y_test) = generated
+    pixels, pixels_test = images.flatten(1).float() / 255, images_test.flatten(1).float() / 255
+    assert 0.05 < best_linear_accuracy(pixels, y, pixels_test, y_test, (100, 3000, 100_000)) < 0.40
+
+
+def figure_form(images):
+    """How far the pixels are from the colour of the rim, seen through 20 random filters: (N, 80)."""
+    x = images.float() / 255
+    rim = torch.cat([x[:, :, 0], x[:, :, -1], x[:, :, :, 0], x[:, :, :, -1]], 2).median(2).values
+    figure = (x - rim[:, :, None, None]).norm(dim=1, keepdim=True)
+    figure = F.instance_norm(figure)  # seen alike in any contrast
+    filters = F.normalize(torch.randn(20, 49, generator=torch.Generator().manual_seed(0))).view(20, 1, 7, 7)
+    return F.adaptive_avg_pool2d(F.relu(F.conv2d(figure, filters, padding=3) - 1), 2).flatten(1)
+
+
+def test_shapes_carry_their_labels(generated):
+    """Not linear in the pixels, but as good as certain from the figure's form."""
+    (images, y), (images_test, y_test) = generated
+    assert best_linear_accuracy(figure_form(images), y, figure_form(images_test), y_test, (10,)) > 0.95
+
+
+@pytest.fixture
+def fewer(monkeypatch):
+    """`load_data("shapes")` with a tenth of the images; what it asked for."""
+    asked = []
+
+    def tenth(count, seed):
+        asked.append((count, seed))
+        return shapes(count // 10, seed)
+
+    monkeypatch.setattr(common, "shapes", tenth)
+    return asked
+
+
+def test_load_shapes(fewer):
+    data = load_data("shapes")
+    (train, train_seed), (test, test_seed) = fewer
+    assert (train, test) == (6000, 1000) and train_seed != test_seed
+    assert [len(x) for x in data[:4]] == [600, 600, 100, 100]
+    assert data.classes == list(common.SHAPE_CLASSES) and len(set(data.classes)) == 10
+    moved = data.to("meta")
+    assert [x.device.type for x in moved[:4]] == ["meta"] * 4 and moved.classes == data.classes
+
+
+def test_limits_keep_the_same_random_images_of_the_whole_set(fewer):
+    whole, few = load_data("shapes"), load_data("shapes", limit_train=50, limit_test=20)
+    for (images, labels), (all_images, all_labels), count in zip(halves(few), halves(whole), (50, 20)):
+        found = [(all_images == image).flatten(1).all(1).nonzero().flatten().tolist() for image in images]
+        kept = [at for (at,) in found]
+        assert len(set(kept)) == count and set(kept) != set(range(count))
+        assert torch.equal(all_labels[kept], labels)
+        assert len(set(labels.tolist())) > 5  # not the first class only
+    torch.manual_seed(123)
+    assert same(few, load_data("shapes", limit_train=50, limit_test=20))
+    assert len(load_data("shapes", limit_train=7000).train_images) == 600
+
+
+def test_resized_images_are_those_of_pil(fewer):
+    whole, small = (load_data("shapes", image_size=size, limit_train=20) for size in (None, 16))
+    assert small.test_images.shape == (100, 3, 16, 16)
+    for image, ours in zip(as_arrays(whole.train_images), as_arrays(halves(small)[0][0]), strict=True):
+        pil = np.asarray(Image.fromarray(image).resize((16, 16), Image.Resampling.BILINEAR))
+        assert np.abs(pil.astype(int) - ours).max() <= 1
+
+
+def test_unknown_data_sets_are_refused():
+    with pytest.raises(InputError, match="shapes"):
+        load_data("cifar1000")
+
+
+# -----------------------------------------------------------------------------
+# Folders
+# -----------------------------------------------------------------------------
+
+
+def put(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path)
+
+
+def put_both(root, images):
+    for split in ("train", "test"):
+        for name, image in images.items():
+            put(root / split / "x" / name, image)
+
+
+def make_folder(root, test="test", size=(8, 8), count=3):
+    """A small data set; returns {bytes of an image: (split, class)}."""
+    origin = {}
+    for split in ("train", test):
+        for name in ("ant", "bee", "cat"):
+            for i in range(count):
+                image = noise(*size, 3, seed=len(origin))
+                put(root / split / name / f"{i}.png", image)
+                origin[image.tobytes()] = split, name
+    return origin
+
+
+@pytest.mark.parametrize("test", ["test", "val"])
+@pytest.mark.parametrize("limits", [(None, None), (6, 4)], ids=str)
+def test_folder(test, limits, tmp_path):
+    origin = make_folder(tmp_path, test, size=(8, 6))
+    (tmp_path / "train" / "ant" / "notes.txt").write_text("not an image")
+    (tmp_path / "train" / "list.csv").write_text("no class either")
+    (tmp_path / test / ".hidden").mkdir()
+    data = load_data("folder", tmp_path, limit_train=limits[0], limit_test=limits[1], workers=1)
+    assert data.classes == ["ant", "bee", "cat"]
+    for (images, labels), split, limit in zip(halves(data), ("train", test), limits):
+        assert images.shape == (limit or 9, 3, 8, 6)
+        assert len(torch.unique(images, dim=0)) == len(images) and len(labels.unique()) > 1
+        got = [origin[image.tobytes()] for image in as_arrays(images)]
+        assert got == [(split, data.classes[k]) for k in labels]
+    assert same(data, load_data("folder", tmp_path, None, *limits))
+
+
+def test_folder_image_kinds(tmp_path):
+    """Gray, palette, transparent, 1-bit, 16-bit images and JPEG become three channels; endings vary."""
+    gray, alpha, bits = noise(8, 8), noise(8, 8, 4, seed=2), noise(8, 8, seed=3) > 127
+    palette = Image.fromarray(noise(8, 8, 3, seed=1)).quantize(16)
+    colours = np.array(palette.getpalette()).reshape(-1, 3)
+    smooth = np.broadcast_to(np.array([200, 40, 90], np.uint8), (8, 8, 3)).copy()
+    sixteen = Image.fromarray(gray.astype(np.uint16) * 257)
+    images = gray, palette, alpha, Image.fromarray(bits), sixteen, smooth, gray
+    put_both(tmp_path, dict(zip(["a.png", "b.PNG", "c.png", "d.png", "e.png", "f.jpg", "g.JPEG"], images)))
+    *exact, jpeg, gray_jpeg = as_arrays(load_data("folder", tmp_path).train_images)
+    gray3 = np.stack([gray] * 3, -1)
+    want = [gray3, colours[np.asarray(palette)], alpha[..., :3], np.stack([bits * 255] * 3, -1), gray3]
+    assert np.array_equal(exact, want)
+    assert np.abs(jpeg.astype(int) - smooth).max() <= 3
+    assert (gray_jpeg == gray_jpeg[..., :1]).all()
+    assert np.corrcoef(gray_jpeg[..., 0].flat, gray.flat)[0, 1] > 0.8
+
+
+def test_folder_image_size(tmp_path):
+    wide, high, square = noise(8, 14, 3), noise(20, 8, 3, seed=1), noise(8, 8, 3, seed=2)
+    gradient = np.broadcast_to(np.linspace(0, 240, 32).astype(np.uint8)[None, :, None], (16, 32, 3)).copy()
+    put_both(tmp_path, {"a.png": wide, "b.png": high, "c.png": square, "d.png": gradient})
+    with pytest.raises(InputError, match="--image-size"):
+        load_data("folder", tmp_path)
+    got = as_arrays(load_data("folder", tmp_path, image_size=8).train_images)
+    assert np.array_equal(got[:3], [wide[:, 3:11], high[6:14], square])  # the shorter side is 8 already
+    halved = gradient.astype(float).reshape(8, 2, 16, 2, 3).mean((1, 3))  # about what scaling gives
+    assert np.abs(got[3] - halved[:, 4:12]).max() <= 2
+    assert load_data("folder", tmp_path, image_size=19).test_images.shape == (4, 3, 19, 19)
+
+
+def test_folder_with_a_class_without_images(tmp_path):
+    """It keeps its place among the labels: a class may be only trained on, or only tested."""
+    make_folder(tmp_path)
+    for path in (tmp_path / "train" / "bee").iterdir():
+        path.unlink()
+    (tmp_path / "test" / "cat").rename(tmp_path / "put aside")
+    data = load_data("folder", tmp_path)
+    assert data.classes == ["ant", "bee", "cat"]
+    assert data.train_labels.tolist() == [0] * 3 + [2] * 3 and data.test_labels.tolist() == [0] * 3 + [1] * 3
+
+
+def each(split, change):
+    return lambda root: [change(path) for path in (root / split).glob("*/*")]
+
+
+def bee(change):
+    return lambda root: change(root / "train" / "bee" / "1.png")
+
+
+def nowhere(path):
+    path.unlink()
+    path.symlink_to("nothing")
+
+
+def zeros_inside(path):
+    path.write_bytes(path.read_bytes()[:60] + bytes(30) + path.read_bytes()[90:])
+
+
+def larger(path):
+    put(path, noise(9, 8, 3))
+
+
+DAMAGE = {  # what happens to the folder, and what the message must say
+    "cut off": (bee(lambda path: path.write_bytes(path.read_bytes()[:100])), "bee/1.png"),
+    "empty file": (bee(lambda path: path.write_bytes(b"")), "bee/1.png"),
+    "text": (bee(lambda path: path.write_text("<html>404 Not Found</html>")), "bee/1.png"),
+    "broken bytes": (bee(zeros_inside), "bee/1.png"),
+    "link to nowhere": (bee(nowhere), "bee/1.png"),
+    "another size": (bee(larger), "bee/1.png is 8x9, others are 8x8: give --image-size"),
+    "test of another size": (each("test", larger), "0.png is 8x9, others are 8x8: give --image-size"),
+    "class only in test": (lambda root: put(root / "test" / "dog" / "a.png", noise(8, 8, 3)), "dog"),
+    "no images in train": (each("train", Path.unlink), "no images"),
+    "no images in test": (each("test", lambda path: path.rename(path.with_suffix(".txt"))), "no images"),
+    "no test": (lambda root: (root / "test").rename(root / "tests"), "train/<class>"),
+    "no train": (lambda root: (root / "train").rename(root / "training"), "train/<class>"),
+    "no folder": (lambda root: root.rename(root.with_name("gone")), "train/<class>"),
+}
+
+
+@pytest.mark.parametrize("change, says", DAMAGE.values(), ids=list(DAMAGE))
+def test_folders_that_cannot_be_used(change, says, tmp_path):
+    make_folder(tmp_path / "data")
+    change(tmp_path / "data")
+    with pytest.raises(InputError) as e:
+        load_data("folder", tmp_path / "data")
+    assert says in str(e.value) and "\n" not in str(e.value)
+
+
+# -----------------------------------------------------------------------------
+# CIFAR and SVHN
+# -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Small files of the real format do not have the real files' checksums."""
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *args, **kwargs: True)
+    monkeypatch.setattr(torchvision.datasets.svhn, "check_integrity", lambda *args, **kwargs: True)
+    monkeypatch.setattr(torchvision.datasets.SVHN, "download", lambda self: None)
+
+
+def pickled(path, content):
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(pickle.dumps(content))
+
+
+def check_cifar(data, train, train_labels, test, test_labels):
+    """Rows of 3,072 bytes: red, then green, then blue, each row by row."""
+    for (images, labels), rows, want in zip(halves(data), (train, test), (train_labels, test_labels)):
+        assert labels.tolist() == want.tolist() and images.shape == (len(rows), 3, 32, 32)
+        for colour, y, x in ((0, 0, 0), (0, 0, 31), (1, 5, 2), (2, 31, 31)):
+            assert images[:, colour, y, x].tolist() == rows[:, colour * 1024 + y * 32 + x].tolist()
+
+
+def test_cifar10(tmp_path, unchecked):
+    root = tmp_path / "cifar-10-batches-py"
+    rows, labels = noise(6 * 4, 3072).reshape(6, 4, 3072), noise(6, 4, seed=1) % 10
+    for i, name in enumerate([f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"]):
+        pickled(root / name, {"data": rows[i], "labels": labels[i].tolist()})
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    pickled(root / "batches.meta", {"label_names": names})
+    data = load_data("cifar10", tmp_path)
+    assert data.classes == names
+    check_cifar(data, rows[:5].reshape(20, 3072), labels[:5].flatten(), rows[5], labels[5])
+    few = load_data("cifar10", tmp_path, image_size=16, limit_train=7, limit_test=2)
+    assert few.train_images.shape == (7, 3, 16, 16) and few.test_images.shape == (2, 3, 16, 16)
+
+
+def test_cifar100(tmp_path, unchecked):
+    labels = np.array([5, 99, 0, 1, 2, 50]), np.array([7, 98, 3])
+    parts = {"train": (noise(6, 3072), labels[0]), "test": (noise(3, 3072, seed=1), labels[1])}
+    root = tmp_path / "cifar-100-python"
+    for name, (rows, fine) in parts.items():
+        pickled(root / name, {"data": rows, "fine_labels": fine.tolist(), "coarse_labels": [0] * len(rows)})
+    names = [f"class {k}" for k in range(100)]
+    pickled(root / "meta", {"fine_label_names": names, "coarse_label_names": ["coarse"]})
+    data = load_data("cifar100", tmp_path)
+    assert data.classes == names
+    check_cifar(data, *parts["train"], *parts["test"])
+
+
+def test_svhn(tmp_path, unchecked):
+    savemat = pytest.importorskip("scipy.io").savemat
+    digits = {"train": np.array([1, 10, 9, 10, 3]), "test": np.array([2, 10, 5, 7, 1])}  # 0 is called 10
+    pixels = {split: noise(32, 32, 3, 5, seed=k) for k, split in enumerate(digits)}  # (H, W, 3, N)
+    for split, y in digits.items():
+        savemat(tmp_path / f"{split}_32x32.mat", {"X": pixels[split], "y": y.astype(np.uint8)[:, None]})
+    data = load_data("svhn", tmp_path)
+    assert data.classes == [str(k) for k in range(10)]
+    for (images, labels), split in zip(halves(data), digits):
+        assert labels.tolist() == (digits[split] % 10).tolist()
+        assert np.array_equal(as_arrays(images), pixels[split].transpose(3, 0, 1, 2))
+
+
+def test_svhn_without_scipy_says_so(tmp_path, unchecked, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(InputError, match="pip install scipy"):
+        load_data("svhn", tmp_path)
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "svhn"])
+@pytest.mark.parametrize("kind", [urllib.error.URLError, ConnectionResetError, TimeoutError])
+def test_failing_download(dataset, kind, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise kind("no way to host")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    with pytest.raises(InputError) as e:
+        load_data(dataset, tmp_path)
+    assert all(part in str(e.value) for part in (dataset, str(tmp_path), "shapes", "no way to host"))
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "svhn"])
+def test_damaged_download(dataset, tmp_path, monkeypatch):
+    """What arrives is not the file: torchvision's checksum finds it."""
+
+    class Page(io.BytesIO):
+        url, length = None, 27
+
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Page(b"<html>quota exceeded</html>"))
+    with pytest.raises(InputError, match=f"{dataset}.*start again"):
+        load_data(dataset, tmp_path)
+
+
+# -----------------------------------------------------------------------------
+# Batches
+# -----------------------------------------------------------------------------
+
+
+def test_mean_std():
+    images = torch.from_numpy(noise(50, 3, 9, 7)) // torch.tensor([1, 2, 5], dtype=torch.uint8).view(3, 1, 1)
+    x = images.double() / 255
+    mean, std = mean_std(images)
+    assert mean.dtype == std.dtype == torch.float32
+    torch.testing.assert_close(mean.double(), x.mean((0, 2, 3)), rtol=0, atol=1e-7)
+    torch.testing.assert_close(std.double(), x.std((0, 2, 3), correction=0), rtol=0, atol=1e-7)
+    mean, std = mean_std(torch.full((2, 3, 4, 4), 51, dtype=torch.uint8))
+    torch.testing.assert_close(mean, torch.full((3,), 0.2))
+    assert (std > 0).all()  # nothing is divided by 0
+
+
+def test_normalize():
+    images = torch.from_numpy(noise(20, 3, 8, 6))
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 1, 2])
+    before = images.clone()
+    want = torch.stack([(images[:, c] / 255 - mean[c]) / std[c] for c in range(3)], 1)
+    for given in (images, images / 255):
+        out = normalize(given, mean, std)
+        torch.testing.assert_close(out, want)
+        assert out.dtype == torch.float32 and out.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("count, size, world", [(12, 4, 1), (50, 8, 2), (31, 6, 3), (5, 5, 5), (3, 8, 1)])
+def test_batches(count, size, world):
+    state = torch.get_rng_state()
+    whole = batches(count, size, seed=1)
+    assert whole.shape == (count // size, size) and whole.dtype == torch.int64
+    drawn = whole.flatten().tolist()
+    assert len(set(drawn)) == len(drawn) and set(drawn) <= set(range(count))
+    shares = [batches(count, size, 1, rank, world) for rank in range(world)]
+    assert all(share.shape == (count // size, size // world) for share in shares)
+    assert torch.equal(torch.cat(shares, 1).sort().values, whole.sort().values)
+    assert torch.equal(batches(count, size, seed=1), whole) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_batches_of_other_seeds_are_others_and_reach_every_image():
+    first, second = batches(100, 10, seed=1), batches(100, 10, seed=2)
+    assert not torch.equal(first, second) and not torch.equal(first[0].sort().values, second[0].sort().values)
+    assert {int(i) for seed in range(40) for i in batches(11, 4, seed).flatten()} == set(range(11))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+@pytest.mark.parametrize("H, W, padding", [(5, 7, 2), (8, 8, 1), (3, 3, 4)])
+def test_random_crop_flip_is_every_shift_and_mirror_image(H, W, padding, dtype):
+    image = torch.arange(1, 3 * H * W + 1).view(3, H, W).to(dtype)
+    padded = F.pad(image, [padding] * 4)
+    possible = {}  # every outcome, as bytes: is it mirrored
+    for dy in range(2 * padding + 1):
+        for dx in range(2 * padding + 1):
+            crop = padded[:, dy : dy + H, dx : dx + W].numpy()
+            possible.setdefault(crop.tobytes(), False)
+            possible.setdefault(crop[:, :, ::-1].tobytes(), True)
+    images = image.expand(4000, -1, -1, -1)
+    out = random_crop_flip(images, padding)
+    assert out.shape == images.shape and out.dtype == dtype
+    assert torch.equal(images, image.expand(4000, -1, -1, -1))
+    seen = Counter(x.numpy().tobytes() for x in out)
+    assert seen.keys() == possible.keys()
+    seen.pop(bytes(image.numpy().nbytes), 0)  # nothing of the image left: its own mirror image
+    mirrored = sum(n for outcome, n in seen.items() if possible[outcome])
+    assert abs(mirrored / seen.total() - 0.5) < 0.05
+
+
+def test_random_crop_flip_treats_images_apart_and_channels_alike():
+    images = torch.rand(64, 1, 6, 6).expand(64, 3, 6, 6).contiguous()
+    out = random_crop_flip(images)
+    assert torch.equal(out[:, 0], out[:, 1]) and torch.equal(out[:, 0], out[:, 2])
+    assert all(set(b.flatten().tolist()) <= {0.0, *a.flatten().tolist()} for a, b in zip(images, out))
+
+
+@pytest.mark.parametrize("H, W, length", [(11, 8, 4), (9, 10, 3), (6, 6, 1), (5, 5, 20)])
+def test_cutout_is_every_square_around_a_pixel(H, W, length):
+    possible = set()
+    for y in range(H):
+        for x in range(W):
+            hole, top, left = torch.zeros(H, W, dtype=torch.bool), y - length // 2, x - length // 2
+            hole[max(top, 0) : top + length, max(left, 0) : left + length] = True
+            possible.add(hole.numpy().tobytes())
+    images = torch.rand(3000, 3, H, W) + 0.5
+    before = images.clone()
+    out = cutout(images, length)
+    hole = out == 0
+    assert torch.equal(images, before) and torch.equal(out, images.masked_fill(hole, 0))
+    assert (hole == hole[:, :1]).all()  # all channels
+    assert {x.numpy().tobytes() for x in hole[:, 0]} == possible

@@ -1,0 +1,410 @@
+"""common.py's genotypes, networks and pictures against published text, numbers and written-out versions."""
+
+import json
+import math
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+from common import (
+    GENOTYPES, OPERATION_COLORS, PRIMITIVES, Cell, DepthwiseConv, FactorizedReduce, Genotype, InputError,
+    Network, auxiliary_head, count_flops, count_parameters, draw_cell, drop_path, load_genotype, operation,
+    parse_genotype, save_genotype,
+)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+# -----------------------------------------------------------------------------
+# Genotypes
+# -----------------------------------------------------------------------------
+
+# As they stand in the genotypes.py of quark0/darts, chenxin061/pdarts and yuhuixu1993/PC-DARTS.
+KNOWN = """
+DARTS_V1 = Genotype(normal=[('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('skip_connect', 0),
+('sep_conv_3x3', 1), ('skip_connect', 0), ('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('skip_connect', 2)],
+normal_concat=[2, 3, 4, 5], reduce=[('max_pool_3x3', 0), ('max_pool_3x3', 1), ('skip_connect', 2),
+('max_pool_3x3', 0), ('max_pool_3x3', 0), ('skip_connect', 2), ('skip_connect', 2), ('avg_pool_3x3', 0)],
+reduce_concat=[2, 3, 4, 5])
+
+DARTS_V2 = Genotype(normal=[('sep_conv_3x3', 0), ('sep_conv_3x3', 1), ('sep_conv_3x3', 0),
+('sep_conv_3x3', 1), ('sep_conv_3x3', 1), ('skip_connect', 0), ('skip_connect', 0), ('dil_conv_3x3', 2)],
+normal_concat=[2, 3, 4, 5], reduce=[('max_pool_3x3', 0), ('max_pool_3x3', 1), ('skip_connect', 2),
+('max_pool_3x3', 1), ('max_pool_3x3', 0), ('skip_connect', 2), ('skip_connect', 2), ('max_pool_3x3', 1)],
+reduce_concat=[2, 3, 4, 5])
+
+PDARTS = Genotype(normal=[('skip_connect', 0), ('dil_conv_3x3', 1), ('skip_connect', 0),('sep_conv_3x3', 1),
+('sep_conv_3x3', 1), ('sep_conv_3x3', 3), ('sep_conv_3x3',0), ('dil_conv_5x5', 4)],
+normal_concat=range(2, 6), reduce=[('avg_pool_3x3', 0), ('sep_conv_5x5', 1), ('sep_conv_3x3', 0),
+('dil_conv_5x5', 2), ('max_pool_3x3', 0), ('dil_conv_3x3', 1), ('dil_conv_3x3', 1), ('dil_conv_5x5', 3)],
+reduce_concat=range(2, 6))
+
+PC_DARTS_cifar = Genotype(normal=[('sep_conv_3x3', 1), ('skip_connect', 0), ('sep_conv_3x3', 0),
+('dil_conv_3x3', 1), ('sep_conv_5x5', 0), ('sep_conv_3x3', 1), ('avg_pool_3x3', 0), ('dil_conv_3x3', 1)],
+normal_concat=range(2, 6), reduce=[('sep_conv_5x5', 1), ('max_pool_3x3', 0), ('sep_conv_5x5', 1),
+('sep_conv_5x5', 2), ('sep_conv_3x3', 0), ('sep_conv_3x3', 3), ('sep_conv_3x3', 1), ('sep_conv_3x3', 2)],
+reduce_concat=range(2, 6))
+
+PC_DARTS_image = Genotype(normal=[('skip_connect', 1), ('sep_conv_3x3', 0), ('sep_conv_3x3', 0),
+('skip_connect', 1), ('sep_conv_3x3', 1), ('sep_conv_3x3', 3), ('sep_conv_3x3', 1), ('dil_conv_5x5', 4)],
+normal_concat=range(2, 6), reduce=[('sep_conv_3x3', 0), ('skip_connect', 1), ('dil_conv_5x5', 2),
+('max_pool_3x3', 1), ('sep_conv_3x3', 2), ('sep_conv_3x3', 1), ('sep_conv_5x5', 0), ('sep_conv_3x3', 3)],
+reduce_concat=range(2, 6))
+"""
+
+
+def test_known_genotypes_equal_the_published_text():
+    texts = {text.split(" = ")[0]: text for text in KNOWN.strip().split("\n\n")}
+    assert {name: parse_genotype(text) for name, text in texts.items()} == GENOTYPES
+    assert all(load_genotype(name) == genotype for name, genotype in GENOTYPES.items())
+
+
+@pytest.mark.parametrize("name", GENOTYPES)
+def test_genotype_round_trips(name, tmp_path):
+    genotype = GENOTYPES[name]
+    assert parse_genotype(str(genotype)) == genotype
+    save_genotype(genotype._replace(normal_concat=range(2, 6)), tmp_path / "cell.json")
+    assert load_genotype(tmp_path / "cell.json") == genotype
+    assert set(json.loads((tmp_path / "cell.json").read_text())) == set(Genotype._fields)
+    (tmp_path / "cell.txt").write_text(f"# found in epoch 50\n\n{name} = {genotype}\n")
+    assert load_genotype(str(tmp_path / "cell.txt")) == genotype
+
+
+def test_genotype_without_field_names_and_of_another_size():
+    normal, reduce = [("sep_conv_3x3", 1), ("skip_connect", 0)], [("max_pool_3x3", 0), ("avg_pool_3x3", 1)]
+    text = f"Genotype({normal}, range(2, 3), {reduce}, [1, 2])"
+    assert parse_genotype(text) == Genotype(normal, [2], reduce, [1, 2])
+
+
+GOOD = str(GENOTYPES["DARTS_V1"])
+GOOD_JSON = json.dumps(GENOTYPES["DARTS_V1"]._asdict())
+
+
+def edge(new):
+    return GOOD.replace("('sep_conv_3x3', 1)", new, 1)
+
+
+def concat(new):
+    return GOOD.replace("[2, 3, 4, 5]", new, 1)
+
+
+BAD_GENOTYPES = {
+    "empty": "",
+    "prose": "the best cell",
+    "cut off": GOOD[:-20],
+    "a statement": "import os",
+    "a number": "NAME = 3",
+    "code": concat("__import__('os').listdir('.')"),
+    "a name": GOOD.replace("'skip_connect'", "skip_connect", 1),
+    "unknown operation": edge("('conv_7x1_1x7', 1)"),
+    "operation none": edge("('none', 1)"),
+    "state of a later node": edge("('sep_conv_3x3', 2)"),
+    "negative state": edge("('sep_conv_3x3', -1)"),
+    "state in words": edge("('sep_conv_3x3', 'one')"),
+    "infinite state": edge("('sep_conv_3x3', 1e999)"),
+    "state between two": edge("('sep_conv_3x3', 0.5)"),
+    "edge of three": edge("('sep_conv_3x3', 1, 1)"),
+    "odd number of edges": f"Genotype({[('skip_connect', 0)] * 3}, [2], {[('skip_connect', 0)] * 2}, [2])",
+    "no edges": "Genotype(normal=[], normal_concat=[0], reduce=[], reduce_concat=[0])",
+    "field missing": GOOD.replace("reduce_concat", "concat"),
+    "field twice": GOOD.replace("reduce_concat", "normal_concat"),
+    "empty concat": concat("[]"),
+    "concat past the end": concat("range(2, 7)"),
+    "endless concat": concat("range(2, 1000000000000000000)"),
+    "concat a number": concat("5"),
+    "concat between two": concat("[2.5]"),
+    "JSON cut off": GOOD_JSON[:-20],
+    "JSON list": "[1, 2]",
+    "JSON without reduce": '{"normal": [["skip_connect", 0], ["skip_connect", 1]], "normal_concat": [2]}',
+    "JSON null": GOOD_JSON.replace("[2, 3, 4, 5]", "null", 1),
+    "JSON infinity": GOOD_JSON.replace('["sep_conv_3x3", 1]', '["sep_conv_3x3", Infinity]', 1),
+    "deeply nested JSON": '{"normal": ' + "[" * 100_000,
+    "deeply nested text": "Genotype(" + "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("text", BAD_GENOTYPES.values(), ids=list(BAD_GENOTYPES))
+def test_bad_genotypes_are_refused(text, tmp_path):
+    assert text not in (GOOD, GOOD_JSON)
+    (tmp_path / "cell.txt").write_text(text)
+    for refuse in (lambda: parse_genotype(text), lambda: load_genotype(tmp_path / "cell.txt")):
+        with pytest.raises(InputError) as e:
+            refuse()
+        assert "\n" not in str(e.value)
+    assert "cell.txt" in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["missing", "binary", "", GOOD, "a\0b"], ids=range(5))
+def test_genotype_files_that_cannot_be_used(name, tmp_path):
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    with pytest.raises(InputError):
+        load_genotype(f"{tmp_path}/{name}")  # "": the directory
+
+
+# -----------------------------------------------------------------------------
+# Operations
+# -----------------------------------------------------------------------------
+
+
+def evaluating(module):
+    """`module` in evaluation mode, with batch norm statistics that are not 0 and 1."""
+    for m in module.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.running_mean, -0.5, 0.5)
+            nn.init.uniform_(m.running_var, 0.5, 2)
+    return module.eval()
+
+
+def parts(module, kind):
+    return [m for m in module.modules() if isinstance(m, kind)]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("name", PRIMITIVES[1:])
+def test_operations_equal_their_definition(name, stride):
+    """DARTS' operations, layer by layer."""
+    op = evaluating(operation(name, 6, stride))
+    weights, norms = [m.weight for m in parts(op, nn.Conv2d)], parts(op, nn.BatchNorm2d)
+    want = x = torch.randn(2, 6, 10, 10)
+    if name == "max_pool_3x3":
+        want = F.max_pool2d(x, 3, stride, 1)
+    elif name == "avg_pool_3x3":
+        kernel = torch.ones(1, 1, 3, 3)
+        share = F.conv2d(torch.ones(1, 1, 10, 10), kernel, stride=stride, padding=1)
+        want = F.conv2d(x, kernel.expand(6, 1, 3, 3), stride=stride, padding=1, groups=6) / share
+    elif name == "skip_connect" and stride == 2:
+        first, second = F.relu(x), F.relu(x)[:, :, 1:, 1:]
+        pair = [F.conv2d(half, weight, stride=2) for half, weight in zip((first, second), weights)]
+        want = norms[0](torch.cat(pair, 1))
+    elif name != "skip_connect":
+        k, dilation = int(name[-1]), 2 if name.startswith("dil") else 1
+        assert len(weights) == 2 * len(norms) == 4 // dilation and isinstance(op[0], nn.ReLU)
+        for i, norm in enumerate(norms):
+            depthwise, pointwise = weights[2 * i : 2 * i + 2]
+            assert depthwise.shape == (6, 1, k, k) and pointwise.shape == (6, 6, 1, 1)
+            step, pad = stride if i == 0 else 1, dilation * (k // 2)
+            want = F.conv2d(F.relu(want), depthwise, None, step, pad, dilation, groups=6)
+            want = norm(F.conv2d(want, pointwise))
+    torch.testing.assert_close(op(x), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PRIMITIVES[1:])
+def test_searched_operations_have_no_affine(name):
+    assert not any(norm.affine for norm in parts(operation(name, 4, 2, affine=False), nn.BatchNorm2d))
+    assert all(norm.affine for norm in parts(operation(name, 4, 2), nn.BatchNorm2d))
+
+
+@pytest.mark.parametrize("name", ["none", "conv_7x7", "sep_conv_7x7"])
+def test_unknown_operations_are_refused(name):
+    with pytest.raises(InputError, match="sep_conv_3x3"):
+        operation(name, 4, 1)
+
+
+@pytest.mark.parametrize("size", [(7, 7), (5, 8), (1, 1)], ids=str)
+def test_factorized_reduce_pads_odd_sizes_with_zeros(size):
+    reduce = evaluating(FactorizedReduce(5, 8))
+    x = torch.randn(3, 5, *size)
+    H, W = (math.ceil(side / 2) for side in size)
+    padded = F.pad(x, (0, 2 * W - size[1], 0, 2 * H - size[0]))
+    assert reduce(x).shape == (3, 8, H, W)
+    torch.testing.assert_close(reduce(x), reduce(padded))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 9), (7, 12), (5, 6), (1, 1)], ids=str)
+@pytest.mark.parametrize("stride, dilation", [(1, 1), (1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize("k", [3, 5])
+def test_depthwise_convolution_equals_the_plain_one(k, stride, dilation, size):
+    ours = DepthwiseConv(6, k, stride, dilation).double()
+    x = torch.randn(2, 6, *size, dtype=torch.float64, requires_grad=True)
+    outs = ours(x), F.conv2d(x, ours.weight, None, stride, k // 2 * dilation, dilation, 6)
+    torch.testing.assert_close(*outs)
+    upstream = torch.randn_like(outs[1])
+    mine, plain = (torch.autograd.grad(out, (x, ours.weight), upstream) for out in outs)
+    torch.testing.assert_close(mine, plain)
+    ours.weight.requires_grad_(False)  # nothing is computed that nobody asked for
+    torch.testing.assert_close(torch.autograd.grad(ours(x), x, upstream)[0], plain[0])
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+    x = torch.rand(20_000, 2, 3, 1) + 0.5
+    for prob in (0.2, 0.75):
+        out = drop_path(x, prob)
+        kept = (out != 0).flatten(1)
+        assert (kept == kept[:, :1]).all()
+        torch.testing.assert_close(out[kept[:, 0]], x[kept[:, 0]] / (1 - prob))
+        share = kept[:, 0].float().mean().item()
+        assert abs(share - (1 - prob)) < 5 * math.sqrt(prob * (1 - prob) / len(x))
+
+
+# -----------------------------------------------------------------------------
+# Cells and networks
+# -----------------------------------------------------------------------------
+
+CONVS = Genotype(*[[("sep_conv_3x3", i % 2) for i in range(8)], [2, 3, 4, 5]] * 2)
+MIXED = Genotype(*[[("skip_connect", 0), ("dil_conv_5x5", 1)] * 4, [2, 3, 4, 5]] * 2)
+ALMOST_ONE = 1 - 1e-7  # a drop path probability
+
+
+@pytest.mark.parametrize("halved", [False, True])
+def test_a_cell_is_its_genotype_written_out(halved):
+    """DARTS_V2's cells: every node the sum of its two operations, the output the nodes that concat names."""
+    genotype = GENOTYPES["DARTS_V2"]._replace(reduce_concat=[5, 2, 3])
+    x0, x1 = torch.randn(2, 6, 16, 16) if halved else torch.randn(2, 6, 8, 8), torch.randn(2, 10, 8, 8)
+    normal, reduction = (evaluating(Cell(genotype, 6, 10, 4, r, halved)) for r in (False, True))
+    s0, s1, op = normal.preprocess0(x0), normal.preprocess1(x1), normal.ops
+    s2, s3 = op[0](s0) + op[1](s1), op[2](s0) + op[3](s1)
+    s4, s5 = op[4](s1) + s0, s0 + op[7](s2)
+    torch.testing.assert_close(normal(x0, x1), torch.cat([s2, s3, s4, s5], 1))
+    s0, s1, op = reduction.preprocess0(x0), reduction.preprocess1(x1), reduction.ops
+    s2 = op[0](s0) + op[1](s1)
+    s3, s5 = s2 + op[3](s1), s2 + op[7](s1)
+    torch.testing.assert_close(reduction(x0, x1), torch.cat([s5, s2, s3], 1))
+
+
+@pytest.mark.parametrize("reduction", [False, True])
+def test_drop_path_spares_identity_edges_and_hits_all_others(reduction):
+    cell = Cell(MIXED, 4, 4, 4, reduction, halved=False)
+    x0, x1 = torch.randn(2, 8, 4, 8, 8)
+    assert all(node.any() for node in cell(x0, x1).split(4, 1))
+    left = torch.zeros(8, 16, 4, 4) if reduction else cell.preprocess0(x0).repeat(1, 4, 1, 1)
+    torch.testing.assert_close(cell(x0, x1, ALMOST_ONE), left)
+
+
+def test_network_drops_paths_in_training_only():
+    net = Network(CONVS, 10, channels=4, layers=3)
+    x = torch.randn(4, 3, 16, 16)
+    net.drop_path_prob = ALMOST_ONE
+    torch.testing.assert_close(net(x), net.classifier.bias.expand(4, 10))
+    dropping = net.eval()(x)
+    net.drop_path_prob = 0.0
+    assert torch.equal(net(x), dropping) and not torch.allclose(dropping, net.classifier.bias.expand(4, 10))
+
+
+@pytest.mark.parametrize("size", [(31, 31), (45, 44)], ids=str)
+@pytest.mark.parametrize("name", GENOTYPES)
+def test_network_outputs(name, size):
+    net = Network(GENOTYPES[name], num_classes=7, channels=4, layers=3, auxiliary=True)
+    x = torch.randn(2, 3, *size)
+    logits, auxiliary = net(x)
+    assert logits.shape == auxiliary.shape == (2, 7)
+    (logits.sum() + auxiliary.sum()).backward()
+    assert all(p.grad is not None for p in net.parameters())
+    assert net.eval()(x).shape == (2, 7)
+    assert Network(GENOTYPES[name], num_classes=7, channels=4, layers=3)(x).shape == (2, 7)
+
+
+def outputs_of(modules):
+    """A list that fills with what the modules return."""
+    outputs = []
+    for module in modules:
+        module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    return outputs
+
+
+def test_reductions_stand_at_a_third_and_two_thirds_and_the_auxiliary_head_after_the_second():
+    net = Network(GENOTYPES["DARTS_V1"], 10, channels=4, layers=8, auxiliary=True)
+    outputs = outputs_of(net.cells)
+    _, auxiliary = net(torch.randn(2, 3, 32, 32))
+    assert [y.shape[1:] for y in outputs] == [(16, 32, 32)] * 2 + [(32, 16, 16)] * 3 + [(64, 8, 8)] * 3
+    torch.testing.assert_close(auxiliary, net.auxiliary(outputs[5]))
+
+
+@pytest.mark.parametrize("size, auxiliary", [(64, False), (95, False), (224, True)])
+def test_imagenet_stem(size, auxiliary):
+    net = Network(GENOTYPES["DARTS_V2"], 5, channels=4, layers=3, auxiliary=auxiliary, stem="imagenet")
+    outputs = outputs_of([net.stem0, net.stem1])
+    y = net(torch.randn(2, 3, size, size))
+    assert [y.shape for y in outputs] == [(2, 4, math.ceil(size / s), math.ceil(size / s)) for s in (4, 8)]
+    assert [part.shape for part in (y if auxiliary else (y,))] == [(2, 5)] * (1 + auxiliary)
+
+
+@pytest.mark.parametrize("stem, size, stride", [("cifar", 8, 3), ("cifar", 11, 3), ("imagenet", 7, 2)])
+def test_auxiliary_head_equals_its_definition(stem, size, stride):
+    head = evaluating(auxiliary_head(6, 10, stem))
+    convs, norms, linear = parts(head, nn.Conv2d), parts(head, nn.BatchNorm2d), head[-1]
+    x = torch.randn(2, 6, size, size)
+    want = F.avg_pool2d(F.relu(x), 5, stride)
+    want = F.relu(norms[0](F.conv2d(want, convs[0].weight)))
+    want = F.relu(norms[1](F.conv2d(want, convs[1].weight))).mean((2, 3))
+    torch.testing.assert_close(head(x), F.linear(want, linear.weight, linear.bias))
+
+
+# -----------------------------------------------------------------------------
+# Counts
+# -----------------------------------------------------------------------------
+
+
+def meta_network(*args, **kwargs):
+    """Shapes only: neither memory nor arithmetic."""
+    with torch.device("meta"):
+        return Network(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name, count", [("DARTS_V1", 3_169_414), ("DARTS_V2", 3_349_342)])
+def test_published_parameter_counts(name, count):
+    net = meta_network(GENOTYPES[name], 10, 36, 20, auxiliary=True)
+    assert count_parameters(net) == count
+    assert sum(p.numel() for p in net.parameters()) == count + 476_426
+
+
+SIZES = {"cifar": (10, 36, 20), "imagenet": (1000, 48, 14)}
+MILLIONS = {"cifar": {"PDARTS": 3.4, "PC_DARTS_cifar": 3.6},
+            "imagenet": {"DARTS_V2": 4.7, "PDARTS": 4.9, "PC_DARTS_image": 5.3}}
+
+
+@pytest.mark.parametrize("stem", SIZES)
+def test_published_parameters_in_millions(stem):
+    for name, millions in MILLIONS[stem].items():
+        net = meta_network(GENOTYPES[name], *SIZES[stem], stem=stem)
+        assert round(count_parameters(net) / 1e6, 1) == millions
+
+
+def test_published_multiply_adds():
+    assert round(count_flops(meta_network(GENOTYPES["DARTS_V2"], 10, 36, 20), 32) / 1e6) == 528
+
+
+def test_count_flops_equals_a_count_by_hand():
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),  # 8*8 pixels, 4 outputs, 27 products each
+        nn.BatchNorm2d(4),
+        nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=4),  # 4*4 pixels, 4 outputs, 9 products each
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
+    statistics = net[1].running_mean.clone()
+    assert count_flops(net, 8) == 8 * 8 * 4 * 27 + 4 * 4 * 4 * 9 + 64 * 10
+    assert net.training and torch.equal(net[1].running_mean, statistics)
+    assert count_flops(net.eval(), 8) and not net.training
+
+
+# -----------------------------------------------------------------------------
+# Pictures
+# -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cell", ["normal", "reduce"])
+@pytest.mark.parametrize("name", GENOTYPES)
+def test_draw_cell(name, cell, tmp_path):
+    figure = pytest.importorskip("matplotlib.figure").Figure(figsize=(10, 3.2))
+    axis = figure.add_subplot()
+    edges, concat = getattr(GENOTYPES[name], cell), getattr(GENOTYPES[name], f"{cell}_concat")
+    draw_cell(edges, concat, axis, f"{name}, {cell}")
+    assert axis.get_title() == f"{name}, {cell}"
+    arrows = [text for text in axis.texts if getattr(text, "arrow_patch", None) is not None]
+    boxes = [text for text in axis.texts if text not in arrows]
+    assert len(arrows) == len(edges) + len(concat)
+    assert {"0", "1", "2", "3"} <= {text.get_text() for text in boxes}
+    operations = [text for text in boxes if text.get_text() in PRIMITIVES]
+    assert Counter(text.get_text() for text in operations) == Counter(op for op, _ in edges)
+    figure.savefig(tmp_path / "cell.png", dpi=100)  # Agg: a figure without pyplot needs no display
+    assert Image.open(tmp_path / "cell.png").size == (1000, 320)
+    extents = [text.get_bbox_patch().get_window_extent() for text in boxes]
+    assert sum(a.overlaps(b) for a in extents for b in extents) == len(boxes)  # each box only itself
+    assert len(set(OPERATION_COLORS)) == len(PRIMITIVES)
