@@ -422,6 +422,7 @@ def search_step(s: JointSearch, val: tuple, train: tuple, grad_clip: float, amp:
     learn(s.upper, others=s.weights)
     loss_val, accuracy_val = s.loss(*val, amp)  # lines 3 to 5
     loss_val.backward()  # line 6: of z, p, mu and alpha at once, with xi = 0 in Eq. (8)
+    loss_val = loss_val.detach()  # at C=16 its graph would hold 0.5 GiB through the second half
     average_gradients(s.upper)
     for name in s.parts.keys() & {"z, p, mu", "alpha"}:
         s.parts[name].step()  # lines 7 and 8, Eq. (9)
@@ -434,7 +435,7 @@ def search_step(s: JointSearch, val: tuple, train: tuple, grad_clip: float, amp:
     average_gradients(s.weights)
     nn.utils.clip_grad_norm_(s.weights, grad_clip)
     s.parts["w"].step()  # line 14, Eq. (10)
-    return torch.stack([loss_val.detach(), accuracy_val, loss_train.detach(), accuracy_train])
+    return torch.stack([loss_val, accuracy_val, loss_train.detach(), accuracy_train])
 
 
 # -------- The search, and the training of what it found -----------------------------------------------------

@@ -1,7 +1,12 @@
-"""DHA's parts against oracles: KKT conditions, autograd through the update, the written-out sums, the pruned network."""
+"""DHA's parts against oracles: KKT conditions, autograd through the update, the sums written out, kept networks."""
 
+import copy
 import itertools
 import math
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,399 +16,588 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import dha
+from dha import OPS
+
+TINY = "--preset quick --gpu -1 --channels 4 --layers 3 --batch-size 8".split()
 
 
-def tiny_args(*flags: str):
-    small = ["--preset", "quick", "--gpu", "-1", "--channels", "4", "--layers", "3", "--batch-size", "8"]
-    return dha.parse_args([*small, *flags])[0]
-
-
-def tiny_search(*flags: str, count: int = 64):
-    args = tiny_args(*flags)
-    train, test = common.shapes(count, 1), common.shapes(20, 2)
-    data = common.Data(*train, *test, list(common.SHAPE_CLASSES))
+@pytest.fixture(autouse=True)
+def seed():
     torch.manual_seed(0)
-    return dha.Search(args, data, torch.device("cpu")), data, args
 
 
-# ISTA (Eq. 4)
+def tiny(*flags, count=64):
+    args = dha.parse_args([*TINY, *flags])
+    data = common.Data(*common.shapes(count, 1), *common.shapes(20, 2), list(common.SHAPE_CLASSES))
+    return dha.DHA(args, data, torch.device("cpu")), data, args
 
+
+def steps(s, data, args, count, first=0):
+    """The measured (loss, accuracy) of `count` steps on batches of 8, one after the other."""
+    parts = [slice(8 * i, 8 * i + 8) for i in range(first, first + count)]
+    return [dha.train_step(s, data.train_images[part], data.train_labels[part], args) for part in parts]
+
+
+def normalized(s, images):
+    return common.normalize(images, s.mean, s.std)
+
+
+def move_b(net, scale=0.3):
+    """A b from elsewhere: the next recovery finds other supports."""
+    with torch.no_grad():
+        for b in net.b:
+            b.normal_(0, scale)
+
+
+def freeze_all(s):
+    """What the end of the search does."""
+    for k in range(8):
+        s.net.frozen[k] or s.net.freeze(k)
+    s.theta = list(s.net.keep(s.net.genotype()).parameters())
+    return s.net
+
+
+# -------- ISTA (Eq. 4) --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("scale", [1e-3, 1e-2, 0.1, 1.0])
 @pytest.mark.parametrize("states", [2, 3, 4, 5])
 def test_ista_solves_the_lasso(states, scale):
-    g = torch.Generator().manual_seed(states)
-    A = torch.rand(100, 7, 8 * states, generator=g, dtype=torch.float64)
-    b = scale * torch.randn(100, 7, generator=g, dtype=torch.float64)
+    A = torch.rand(100, 7, 7 * states, dtype=torch.float64)
+    b = scale * torch.randn(100, 7, dtype=torch.float64)
     alpha = dha.ista(A, b, 1e-5)
-    # The KKT conditions, written out: A_i^T (b - A alpha) = lam sign(alpha_i) on the support, within +-lam off it.
+    # KKT: A_i^T (b - A alpha) = lam sign(alpha_i) on the support, within +-lam off it
     slope = torch.einsum("pmn,pm->pn", A, b - torch.einsum("pmn,pn->pm", A, alpha))
     on = alpha != 0
     error = torch.where(on, (slope - 1e-5 * alpha.sign()).abs(), (slope.abs() - 1e-5).clamp(min=0))
-    largest = torch.einsum("pmn,pm->pn", A, b).abs().amax(1)
-    assert (error.amax(1) <= 1e-8 * largest).all()
+    assert (error.amax(1) <= 1e-8 * torch.einsum("pmn,pm->pn", A, b).abs().amax(1)).all()
     assert on.any(1).all()
 
 
 def test_ista_known_answers():
     b = torch.tensor([3.0, -0.5, 0.2], dtype=torch.float64)
-    soft = torch.tensor([2.0, 0.0, 0.0], dtype=torch.float64)  # for A = I the solution is the shrinkage operator
+    soft = torch.tensor([2.0, 0.0, 0.0], dtype=torch.float64)  # for A = I: the shrinkage operator
     assert torch.allclose(dha.ista(torch.eye(3, dtype=torch.float64), b, 1.0), soft, atol=1e-8)
-    A = torch.rand(7, 16)
-    assert torch.equal(dha.ista(A, torch.zeros(7), 1e-5), torch.zeros(16))
-    assert torch.equal(dha.ista(A, torch.randn(7), 1e3), torch.zeros(16))  # lam above max |A^T b|
+    assert torch.equal(dha.soft_threshold(b, torch.tensor(0.25)), torch.tensor([2.75, -0.25, 0.0]).double())
+    A = torch.rand(7, 14)
+    assert torch.equal(dha.ista(A, torch.zeros(7), 1e-5), torch.zeros(14))
+    assert torch.equal(dha.ista(A, torch.randn(7), 1e3), torch.zeros(14))  # lam above max |A^T b|
 
 
-def test_ista_padding_and_batch_dimensions():
-    A, b = torch.rand(2, 3, 7, 16, dtype=torch.float64), torch.randn(2, 3, 7, dtype=torch.float64)
-    padded = torch.cat([A, torch.zeros(2, 3, 7, 24, dtype=torch.float64)], -1)
-    alpha = dha.ista(padded, b, 1e-5)
-    assert alpha.shape == (2, 3, 40) and (alpha[..., 16:] == 0).all()
-    assert torch.allclose(alpha[..., :16], dha.ista(A, b, 1e-5), atol=1e-6)
+def test_ista_padding_batch_dimensions_and_failure():
+    A, b = torch.rand(2, 3, 7, 14, dtype=torch.float64), torch.randn(2, 3, 7, dtype=torch.float64)
+    alpha = dha.ista(torch.cat([A, torch.zeros(2, 3, 7, 21)], -1), b, 1e-5)
+    assert alpha.shape == (2, 3, 35) and (alpha[..., 14:] == 0).all()
+    assert torch.allclose(alpha[..., :14], dha.ista(A, b, 1e-5), atol=1e-6)
     assert dha.ista(A.float(), b.float(), 1e-5).dtype == torch.float32
+    with pytest.raises(ArithmeticError, match="did not converge"):
+        dha.ista(A, b, 1e-5, rounds=1)
 
 
-# Hyper-gradients (Eq. 3)
-
+# -------- Hyper-parameters (Eq. 3) --------------------------------------------------------------------------
 
 def test_hypergradient_equals_autograd_through_the_update():
-    torch.manual_seed(0)
-    shapes = [(5, 4), (5,), (3, 5), (3,)]
-    theta = [torch.randn(s, dtype=torch.float64) for s in shapes]
-    v0 = [torch.randn(s, dtype=torch.float64) for s in shapes]
-    x, y = torch.randn(2, 6, 4, dtype=torch.float64), torch.randint(3, (2, 6))
+    double = {"dtype": torch.float64}
+    theta, v0 = ([torch.randn(s, **double) for s in ((5, 4), (5,), (3, 5), (3,))] for _ in range(2))
+    x, y = torch.randn(2, 6, 4, **double), torch.randint(3, (2, 6))
     loss = lambda p, i: F.cross_entropy(torch.tanh(x[i] @ p[0].T + p[1]) @ p[2].T + p[3], y[i])
-    mu, clip = 0.9, 0.1
 
-    leaves = [t.clone().requires_grad_() for t in theta]
-    g = torch.autograd.grad(loss(leaves, 0), leaves)
+    def gradient(params, i):
+        leaves = [t.clone().requires_grad_() for t in params]
+        return torch.autograd.grad(loss(leaves, i), leaves)
+
+    g = gradient(theta, 0)
     norm = torch.cat([t.flatten() for t in g]).norm()
-    assert norm > clip  # so that clipping takes part
-    g = [t * (clip / norm) for t in g]
+    g = [t * (0.1 / norm) for t in g]  # clipped
+    assert norm > 0.1
 
     def updated(lr, wd):
-        v = [mu * m + d + wd * t for m, d, t in zip(v0, g, theta)]
+        v = [0.9 * m + d + wd * t for m, d, t in zip(v0, g, theta)]
         return [t - lr * m for t, m in zip(theta, v)], v
 
-    lr = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
-    wd = torch.tensor(0.01, dtype=torch.float64, requires_grad=True)
-    expected = torch.autograd.grad(loss(updated(lr, wd)[0], 1), [lr, wd])
-
-    plus, v = updated(lr.detach(), wd.detach())
-    leaves = [t.clone().requires_grad_() for t in plus]
-    grads = torch.autograd.grad(loss(leaves, 1), leaves)
-    mine = dha.hypergradient(grads, v, plus, lr.detach())
-    for a, b in zip(mine, expected):
-        assert abs(float(a - b)) <= 1e-12 * max(1, abs(float(b)))
-
-    for i, value in enumerate(mine):  # and finite differences
-        h = [(1e-5, 0), (0, 1e-5)][i]
+    eta = [torch.tensor(value, **double, requires_grad=True) for value in (0.05, 0.01)]
+    expected = torch.autograd.grad(loss(updated(*eta)[0], 1), eta)
+    plus, v = updated(*(value.detach() for value in eta))
+    mine = dha.hypergradient(gradient(plus, 1), v, plus, eta[0].detach())
+    for i in range(2):
+        assert abs(float(mine[i] - expected[i])) <= 1e-12 * max(1, abs(float(expected[i])))
+        h = [(1e-5, 0), (0, 1e-5)][i]  # and finite differences
         up, down = (loss(updated(0.05 + s * h[0], 0.01 + s * h[1])[0], 1) for s in (1, -1))
-        assert abs(float((up - down) / 2e-5 - value)) < 1e-7
+        assert abs(float((up - down) / 2e-5 - mine[i])) < 1e-7
 
 
 def test_sgd_step_is_torch_sgd():
-    torch.manual_seed(0)
     mine, theirs = ([torch.ones(3, 2), torch.linspace(0, 1, 4)] for _ in range(2))
     velocity = [torch.zeros_like(p) for p in mine]
     optimizer = torch.optim.SGD(theirs, lr=0.1, momentum=0.9, weight_decay=0.01)
     for _ in range(5):
-        grads = [torch.randn_like(p) for p in mine]
-        for p, g in zip(theirs, grads):
-            p.grad = g.clone()
+        for p in theirs:
+            p.grad = torch.randn_like(p)
         optimizer.step()
-        dha.sgd_step(mine, grads, velocity, torch.tensor(0.1), torch.tensor(0.01))
+        dha.sgd_step(mine, [p.grad for p in theirs], velocity, torch.tensor(0.1), torch.tensor(0.01))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(mine, theirs))
 
 
-def test_training_uses_the_gradient_of_the_next_batch_and_moves_lr_against_it(monkeypatch):
-    s, data, args = tiny_search("--beta-lr", "1e-3")
-    seen = []
-    real = dha.hypergradient
+# the betas make the gradients decide, then the bounds of a step, then the ranges
+@pytest.mark.parametrize("flags", [
+    "--beta-lr 1e-3 --beta-wd 1e-4", "--beta-lr 1e6 --beta-wd 1e6 --max-lr-step 0.02 --max-wd-step 3e-6",
+    "--beta-lr 1e6 --beta-wd 1e6 --max-lr-step 0.3 --max-wd-step 2e-4",
+    "--beta-lr 1e9 --beta-wd 1e9 --max-lr-step 1e6 --max-wd-step 1e6"])
+def test_a_step_moves_the_weights_by_v_and_eta_against_its_gradient(monkeypatch, flags):
+    s, data, args = tiny(*flags.split())
+    seen, real = [], dha.hypergradient
 
     def spy(grads, velocities, params, lr):
-        seen.append((float(lr), real(grads, velocities, params, lr)))
-        return seen[-1][1]
+        held = [s.velocity[p] for p in params]  # the last update's v, of what ran then and now
+        assert all(g is p.grad and v is w for g, p, v, w in zip(grads, params, velocities, held, strict=True))
+        seen.append((params, *real(grads, velocities, params, lr)))
+        return seen[-1][1:]
 
     monkeypatch.setattr(dha, "hypergradient", spy)
     for i in range(4):
-        before = [p.detach().clone() for p in s.theta]
-        dha.train_step(s, data.train_images[8 * i : 8 * i + 8], data.train_labels[8 * i : 8 * i + 8], args)
-        step = torch.cat([(p.detach() - q).flatten() for p, q in zip(s.theta, before)])
-        v = torch.cat(
-            [(-s.lr * v if v is not None else torch.zeros_like(p)).flatten() for p, v in zip(s.theta, s.velocity)]
-        )
-        assert torch.allclose(step, v, atol=1e-6)  # the weights moved by -lr v
-    assert len(seen) == 3  # the first step has no update before it
-    for (lr, (d_lr, _)), after in zip(seen, [x[0] for x in seen[1:]] + [float(s.lr)]):
-        change = min(max(-1e-3 * float(d_lr), -dha.HPO_STEP * lr), dha.HPO_STEP * lr)
-        assert after == pytest.approx(lr + change, rel=1e-4)
+        before, velocity = {p: p.detach().clone() for p in s.theta}, set(s.velocity)
+        lr, wd = float(s.lr), float(s.wd)
+        steps(s, data, args, 1, i)
+        for p, old in before.items():
+            move = -s.lr * s.velocity[p] if p in s.velocity else torch.zeros_like(p)
+            assert torch.allclose(p.detach() - old, move, atol=1e-6 * max(1, float(old.abs().max())))
+        assert len(seen) == i  # the first step has no update before it
+        if i:
+            params, d_lr, d_wd = seen[-1]
+            assert set(params) == velocity & {p for p in s.theta if p.grad is not None}
+            bounds = (lr, args.beta_lr * d_lr, args.max_lr_step * lr), (wd, args.beta_wd * d_wd, args.max_wd_step)
+            for eta, ends, (old, d, most) in zip((s.lr, s.wd), (dha.LR_RANGE, dha.WD_RANGE), bounds):
+                want = min(max(old - min(max(float(d), -most), most), ends[0]), ends[1])
+                assert float(eta) == pytest.approx(want, rel=1e-5, abs=1e-12)
+        if i == 1:  # from here on another support runs
+            move_b(s.net)
+            s.net.recover()
+    if "1e6" in flags:
+        assert s.lr != args.lr and s.wd != args.weight_decay
 
 
-# Data augmentation (Eq. 2)
+def test_without_hpo_eta_stays():
+    s, data, args = tiny("--no-hpo")
+    steps(s, data, args, 3)
+    assert float(s.lr) == pytest.approx(args.lr) and float(s.wd) == pytest.approx(args.weight_decay)
 
+
+# -------- Data augmentation (Eq. 2) -------------------------------------------------------------------------
 
 def test_policy_gradient_is_that_of_the_written_out_sum():
-    torch.manual_seed(0)
     tau = (0.3 * torch.randn(14, 14, dtype=torch.float64)).requires_grad_()
     pairs, losses = torch.randint(196, (64,)), torch.rand(64, dtype=torch.float64) * 3
-    dha.policy_loss(tau, pairs, losses).backward()
-
+    mine = dha.policy_loss(tau, pairs, losses.requires_grad_())
+    mine.backward()
+    assert losses.grad is None  # L_k is a constant
+    leaf = tau.detach().clone().requires_grad_()
+    q, total = leaf.exp() / leaf.exp().sum(), 0
+    for pair, loss in zip(pairs.tolist(), losses.tolist()):
+        total = total - q[pair // 14, pair % 14] * loss
+    assert float(mine.detach()) == pytest.approx(float(total.detach()), rel=1e-12)
+    assert torch.allclose(torch.autograd.grad(total, leaf)[0], tau.grad, atol=1e-12)
     p = tau.detach().flatten().softmax(0)
-    summed = torch.zeros(196, dtype=torch.float64).index_add(0, pairs, losses)  # each pair's losses
+    summed = torch.zeros(196, dtype=torch.float64).index_add(0, pairs, losses.detach())
     expected = -(p * (summed - (p * summed).sum()))  # the softmax's derivative, by hand
     assert torch.allclose(tau.grad.flatten(), expected, atol=1e-12)
 
-    out = torch.zeros((), dtype=torch.float64)
-    leaf = tau.detach().clone().requires_grad_()
-    q = leaf.exp() / leaf.exp().sum()
-    for pair, loss in zip(pairs.tolist(), losses.tolist()):
-        out = out - q[pair // 14, pair % 14] * loss
-    assert torch.allclose(torch.autograd.grad(out, leaf)[0], tau.grad, atol=1e-12)
 
-
-def test_one_step_raises_what_lost_more_than_its_probability_explains():
-    torch.manual_seed(0)
-    tau = torch.zeros(14, 14, dtype=torch.float64, requires_grad=True)
-    pairs, losses = torch.randint(196, (96,)), torch.rand(96, dtype=torch.float64) * 3
-    before = tau.detach().flatten().softmax(0)
-    dha.policy_loss(tau, pairs, losses).backward()
-    after = (tau.detach() - 0.1 * tau.grad).flatten().softmax(0)
-    summed = torch.zeros(196, dtype=torch.float64).index_add(0, pairs, losses)
+def test_a_step_on_tau_raises_what_lost_more_than_its_probability_explains(monkeypatch):
+    s, data, args = tiny("--tau-lr", "2")
+    seen = {}
+    for name in ("policy_loss", "apply_pairs"):
+        real = getattr(dha, name)
+        spy = lambda *given, name=name, real=real: seen.update({name: given}) or real(*given)
+        monkeypatch.setattr(dha, name, spy)
+    before = s.tau.detach().flatten().softmax(0)
+    (measured,) = steps(s, data, args, 1)
+    _, pairs, losses = seen["policy_loss"]
+    assert torch.equal(pairs, seen["apply_pairs"][1]) and losses.shape == (8,)
+    assert float(losses.mean().detach()) == pytest.approx(float(measured[0]))
+    summed = torch.zeros(196).index_add(0, pairs, losses.detach())
+    expected = 2 * before * (summed - (before * summed).sum())  # Eq. (2), at a rate of 2
+    assert torch.allclose(s.tau.detach().flatten(), expected, atol=1e-6)
     high = summed > (before * summed).sum()  # from the uniform policy: above the mean over all pairs
-    assert torch.equal(after > before, high) and 0 < int(high.sum()) < 196
-
-
-def test_policy_step_in_training_touches_tau_as_eq_2_says():
-    s, data, args = tiny_search("--tau-lr", "2")
-    torch.manual_seed(5)
-    drawn = {}
-    real = dha.sample_pairs
-    dha.sample_pairs = lambda tau, n: drawn.setdefault("pairs", real(tau, n))
-    try:
-        losses, _ = dha.train_step(s, data.train_images[:8], data.train_labels[:8], args)
-    finally:
-        dha.sample_pairs = real
-    leaf = torch.zeros(14, 14, requires_grad=True)
-    dha.policy_loss(leaf, drawn["pairs"], losses).backward()
-    assert torch.allclose(s.tau.detach(), -2 * leaf.grad, atol=1e-7)
+    assert torch.equal(s.tau.detach().flatten().softmax(0) > before, high) and 0 < int(high.sum()) < 196
 
 
 def test_pairs_have_the_policys_frequencies():
-    torch.manual_seed(0)
-    tau = torch.randn(14, 14)
+    tau, n = torch.randn(14, 14), 200_000
     p = tau.flatten().softmax(0).double()
-    n = 200_000
     counts = torch.bincount(dha.sample_pairs(tau, n), minlength=196).double()
     chi = ((counts - n * p) ** 2 / (n * p)).sum()
-    assert chi < 195 + 5 * math.sqrt(2 * 195)  # five standard deviations of chi-square with 195 degrees of freedom
+    assert chi < 195 + 5 * math.sqrt(2 * 195)  # five standard deviations, 195 degrees of freedom
 
 
-def test_apply_pairs_order_sign_and_purity(monkeypatch):
-    images = torch.rand(400, 3, 4, 4)
+def test_apply_pairs_order_magnitudes_and_purity(monkeypatch):
+    images, pairs = torch.rand(4000, 3, 1, 1), torch.randint(196, (4000,))
     kept, seen = images.clone(), {}
     for k, name in enumerate(dha.AUGMENTATIONS):
-
-        def record(x, magnitude, name=name, k=k):
-            seen.setdefault(name, []).append(magnitude)
-            return x * 0.5 + k / 100
-
-        monkeypatch.setitem(dha.AUGMENTATIONS, name, record)
-    pairs = torch.randint(196, (400,))
+        note = lambda x, m, name=name, k=k: seen.setdefault(name, []).append(m) or x * 0.5 + k / 100
+        monkeypatch.setitem(dha.AUGMENTATIONS, name, note)
     out = dha.apply_pairs(images, pairs)
-    expected = (images * 0.5 + (pairs // 14).view(-1, 1, 1, 1) / 100) * 0.5 + (pairs % 14).view(-1, 1, 1, 1) / 100
-    assert torch.allclose(out, expected, atol=1e-6) and torch.equal(images, kept)
-    for name, values in seen.items():
-        m = torch.cat(values)
-        assert m.abs().max() <= 1 and m.abs().min() >= 0 and len(m) > 10
-        assert bool((m < 0).any()) == (name in dha.SIGNED)
+    first, second = (k.view(-1, 1, 1, 1) / 100 for k in (pairs // 14, pairs % 14))
+    assert torch.allclose(out, (images * 0.5 + first) * 0.5 + second, atol=1e-6) and torch.equal(images, kept)
+    for name, (one, two) in seen.items():
+        assert not torch.equal(one, two)
+        for m in (one, two):  # U(0, 1), with a random sign where there is one
+            counts = torch.histc(m.abs(), 20, 0, 1)
+            assert ((counts - 200) ** 2 / 200).sum() < 19 + 5 * math.sqrt(2 * 19)
+            signs = (m < 0).float().mean()
+            assert signs == pytest.approx(0.5, abs=0.04) if name in dha.SIGNED else signs == 0
 
 
-# The supernet
+def test_without_da_nothing_is_drawn(monkeypatch):
+    s, data, args = tiny("--no-da")
+    monkeypatch.setattr(dha, "apply_pairs", None)
+    steps(s, data, args, 2)
+    assert not s.tau.any()
 
 
-def test_supernet_support_follows_the_design():
-    torch.manual_seed(3)
+# -------- The supernet --------------------------------------------------------------------------------------
+
+def test_there_is_no_none():
     net = dha.SparseSupernet(4, 10, 3, b_scale=0.3)
-    alpha = dha.ista(net.A, net.b.detach(), 1e-5).view(8, 5, 8)
-    cells = net.genotype()
+    assert OPS == common.PRIMITIVES[1:] and len(OPS) == 7 and "none" not in OPS
+    assert net.A.shape == (8, 7, 35) and net.alpha.shape == (8, 35)
+    assert [tuple(b.shape) for b in net.b] == [(7,)] * 8
     for k in range(8):
-        edges = [(float(alpha[k, s, 1:].abs().max()), s) for s in range(k % 4 + 2)]
-        states = sorted(s for _, s in sorted(edges)[-2:])
-        picked = (list(cells.normal) + list(cells.reduce))[2 * k : 2 * k + 2]
-        assert [s for _, s in picked] == states
-        for op, s in picked:
-            assert op == common.PRIMITIVES[1 + int(alpha[k, s, 1:].abs().argmax())]
+        own = net.A[k, :, : 7 * (k % 4 + 2)]
+        assert (net.A[k, :, own.shape[1] :] == 0).all() and 0 <= own.min() and own.max() <= 1 and own.std() > 0.2
+    for cell in net.cells:
+        assert [len(node) for node in cell.nodes] == [7 * (j + 2) for j in range(4)]
+        assert not any("none" in key for node in cell.nodes for key in node)
 
 
-def test_supernet_weights_are_the_papers_expression():
-    torch.manual_seed(1)
-    net = dha.SparseSupernet(4, 10, 3, b_scale=0.3)
-    with torch.no_grad():
-        net.b += 0.01 * torch.randn_like(net.b)  # between recoveries b moves, alpha does not
+def test_support_is_the_best_operation_of_the_two_best_edges():
+    for _ in range(20):
+        net = dha.SparseSupernet(4, 10, 3, b_scale=0.3)
+        alpha = dha.ista(net.A, torch.stack(list(net.b)), 1e-5).view(8, 5, 7)
+        for k in range(8):
+            best = lambda state: float(alpha[k, state].abs().max())
+            states = sorted(sorted(range(k % 4 + 2), key=best)[-2:])
+            want = [(OPS[int(alpha[k, state].abs().argmax())], state) for state in states]
+            assert net.support[k] == want
+        cells = net.genotype()
+        assert cells.normal + cells.reduce == [edge for node in net.support for edge in node]
+
+
+def test_strengths_are_the_papers_expression():
+    net = dha.SparseSupernet(4, 10, 3, b_scale=0.3).double()
+    for b in net.b:
+        b.data += 0.01 * torch.randn_like(b)  # between recoveries b moves, alpha does not
     for k in range(8):
-        A, alpha = net.A[k], net.alpha[k].clone()
-        index = [8 * s + common.PRIMITIVES.index(op) for op, s in net.edges[k]]
-        kept = torch.zeros(40)
-        kept[index] = alpha[index]
-        full = net.b[k] @ A - kept @ (A.T @ A - torch.eye(40))  # b^T A - alpha^T E, alpha cut to the support
-        assert torch.allclose(net.strength()[k], full[index], atol=1e-5)
-    net.strength().sum().backward()
-    assert net.b.grad.abs().sum() > 0
+        A, S = net.A[k], [7 * state + OPS.index(name) for name, state in net.support[k]]
+        kept = torch.zeros(35, dtype=torch.float64).index_put((torch.tensor(S),), net.alpha[k, S])
+        E = A.T @ A - torch.eye(35, dtype=torch.float64)
+        full = net.b[k] @ A - kept @ E  # b^T A - alpha^T E, with alpha cut to the support
+        assert torch.allclose(net.strength(k), full[S], atol=1e-12)
+        (mine,), (want,) = (torch.autograd.grad(v.sum(), net.b[k]) for v in (net.strength(k), full[S]))
+        assert torch.allclose(mine, want, atol=1e-12)
 
 
-def test_where_alpha_has_no_usable_entry_the_support_is_still_two_edges():
+def test_strengths_are_float32_under_autocast(monkeypatch):
+    s, data, args = tiny("--amp")
+    seen, real = [], dha.SparseSupernet.strength
+    spy = lambda net, k: seen.append((k, net.b[k].detach().clone(), real(net, k))) or seen[-1][2]
+    monkeypatch.setattr(dha.SparseSupernet, "strength", spy)
+    s.net.stem.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
+    steps(s, data, args, 1)
+    assert seen.pop() == torch.bfloat16 and len(seen) == 8  # the rest of the network does run in bfloat16
+    for k, b, strength in seen:
+        A_S, alpha_S = s.net.A_S[k].double(), s.net.alpha_S[k].double()
+        want = A_S.T @ b.double() - (A_S.T @ A_S - torch.eye(2)) @ alpha_S
+        assert strength.dtype == torch.float32 and torch.allclose(strength.double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_where_alpha_is_zero_the_support_is_still_two_edges():
     net = dha.SparseSupernet(4, 10, 3)
     net.recover(lam=1e3)  # everything shrinks to 0
     assert net.alpha.abs().sum() == 0
-    assert all(len({s for _, s in edges}) == 2 and all(op != "none" for op, _ in edges) for edges in net.edges)
+    assert all(len({state for _, state in edges}) == 2 for edges in net.support)
 
 
-@pytest.mark.parametrize("frozen", [(), (0, 5), tuple(range(8))])
-def test_pruned_network_has_the_supernets_logits(frozen):
-    s, data, args = tiny_search()
-    for i in range(3):
-        dha.train_step(s, data.train_images[8 * i : 8 * i + 8], data.train_labels[8 * i : 8 * i + 8], args)
-    for k in frozen:
-        s.net.freeze(k)
-    dha.train_step(s, data.train_images[:8], data.train_labels[:8], args)
-    x = common.normalize(data.test_images, s.mean, s.std)
-    pruned = s.net.prune()
+@pytest.mark.parametrize("training", [False, True])
+def test_freezing_and_keeping_change_no_logits(training):
+    s, data, args = tiny()
+    steps(s, data, args, 2)
+    x = normalized(s, data.test_images)
+    operations = lambda: {k: s.net.operations(k) for k in range(8)}
+    learns = lambda k: {p.requires_grad for op in s.net.operations(k) for n in dha.norms(op) for p in n.parameters()}
     with torch.no_grad():
-        s.net.eval()
-        assert torch.allclose(pruned(x), s.net(x), atol=1e-5)
-    assert len(pruned.state_dict()) < len(s.net.state_dict()) / 4
-    assert sum("ops" in name and name.endswith("bn.weight") for name in pruned.state_dict()) == 3 * 8
-
-
-def test_freezing_changes_nothing_and_makes_the_norms_learn():
-    s, data, _ = tiny_search()
-    x = common.normalize(data.test_images, s.mean, s.std)
-    s.net.eval()
-    with torch.no_grad():
-        before = s.net(x)
+        logits = lambda: copy.deepcopy(s.net).train(training)(x)
+        before = logits()
         for k in range(8):
-            assert not any(norm.weight.requires_grad for c in s.net.candidates(k) for norm in c.norms())
+            assert learns(k) == {False}
             s.net.freeze(k)
-            assert all(norm.weight.requires_grad for c in s.net.candidates(k) for norm in c.norms())
-            assert torch.allclose(s.net(x), before, atol=1e-5)
-    before = s.net.genotype()
-    s.net.b.data.normal_()
-    s.net.recover()
-    assert s.net.genotype() == before  # a frozen node ignores b
+            assert learns(k) == {True}
+            assert torch.allclose(logits(), before, atol=1e-5)
+        size, genotype, kept = len(s.net.state_dict()), s.net.genotype(), operations()
+        freeze_all(s)
+        assert torch.allclose(logits(), before, atol=1e-5)
+    assert s.net.genotype() == genotype and operations() == kept
+    assert len(s.net.state_dict()) < size / 3 and not list(s.net.b)
+    assert all(p.requires_grad for p in s.theta) and set(s.theta) == set(s.net.parameters())
+    steps(s, data, args, 2)
+    assert all(p.grad is not None for p in s.theta)
 
 
-def test_search_network_norms_have_no_parameters_of_their_own_until_frozen():
-    s, data, args = tiny_search()
-    dha.train_step(s, data.train_images[:8], data.train_labels[:8], args)
-    for candidate in s.net.candidates():
-        for norm in candidate.norms():
+def test_norms_have_no_parameters_of_their_own_until_frozen():
+    s, data, args = tiny()
+    steps(s, data, args, 3)
+    for k in range(8):
+        for norm in (norm for op in s.net.operations(k) for norm in dha.norms(op)):
             assert (norm.weight == 1).all() and (norm.bias == 0).all() and norm.weight.grad is None
 
 
+def test_a_frozen_node_is_left_alone(monkeypatch):
+    """Its b by Adam, which has momentum and weight decay; its alpha and support by recovery."""
+    s, data, args = tiny()
+    steps(s, data, args, 3)
+    for k in (2, 5):
+        s.net.freeze(k)
+    before = [b.detach().clone() for b in s.net.b]
+    steps(s, data, args, 3)
+    assert [k for k in range(8) if torch.equal(s.net.b[k], before[k])] == [2, 5]
+    alpha, support, problems, real = s.net.alpha.clone(), s.net.support, [], dha.ista
+    move_b(s.net)
+    monkeypatch.setattr(dha, "ista", lambda A, b, *more: problems.append((A, b)) or real(A, b, *more))
+    moved = s.net.recover()
+    live = [0, 1, 3, 4, 6, 7]
+    ((A, b),) = problems
+    assert torch.equal(A, s.net.A[live]) and torch.equal(b, torch.stack([s.net.b[k] for k in live]))
+    for k in range(8):
+        same = torch.equal(s.net.alpha[k], alpha[k])
+        assert same == (k in (2, 5)) == (moved[k] == 0)
+        assert moved[k] == pytest.approx(float((s.net.alpha[k] - alpha[k]).norm()), rel=1e-5)
+    assert [s.net.support[k] for k in (2, 5)] == [support[k] for k in (2, 5)]
+    assert s.net.support != support
+
+
 def saved_bytes(net, x):
-    """Bytes that autograd keeps of a forward pass, parameters aside; every storage once."""
-    storages = {}
+    """Bytes that autograd keeps of a forward pass, parameters aside, every storage once; and the output."""
+    storages, alive = {}, []
 
     def keep(tensor):
+        alive.append(tensor)
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    alive = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: alive.append(t) or keep(t), lambda t: t):
-        out = net(x)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = net.train()(x)
     owned = {t.untyped_storage().data_ptr() for t in itertools.chain(net.parameters(), net.buffers())}
     return sum(size for pointer, size in storages.items() if pointer not in owned), out
 
 
 def test_inactive_operations_allocate_nothing():
-    s, data, _ = tiny_search(count=200)
-    x = common.normalize(data.train_images, s.mean, s.std)
-    called = []
-    active = set(map(id, s.net.candidates()))
-    for module in s.net.modules():
-        if isinstance(module, dha.Candidate):
-            module.register_forward_hook(lambda m, i, o: called.append(id(m)))
-    pruned = s.net.prune().train()
-    mine, out = saved_bytes(s.net.train(), x)
-    theirs, _ = saved_bytes(pruned, x)
-    assert set(called) == active and len(called) == 3 * 8
-    assert mine <= theirs + 100_000  # the scales that come from b, and nothing of the size of an activation
+    s, data, args = tiny(count=200)
+    x, called = normalized(s, data.train_images), []
+    for op in (op for cell in s.net.cells for node in cell.nodes for op in node.values()):
+        op.register_forward_hook(lambda module, given, out: called.append(module))
+    mine, out = saved_bytes(s.net, x)
+    active = [op for k in range(8) for op in s.net.operations(k)]
+    assert set(called) == set(active) and len(called) == len(active) == 3 * 8
     out.sum().backward()
-    with_gradient = {
-        name.split(".ops.")[1].split(".")[0]
-        for name, p in s.net.named_parameters()
-        if ".ops." in name and p.grad is not None
-    }
-    keys = {
-        cell.key(k % 4, op, st)
-        for cell in s.net.cells
-        for k in range(8)
-        if cell.reduction == (k >= 4)
-        for op, st in s.net.edges[k]
-    }
-    assert with_gradient <= keys
+    inactive = {p for c in s.net.cells for p in c.nodes.parameters()} - {p for op in active for p in op.parameters()}
+    assert inactive and all(p.grad is None for p in inactive)
+    theirs, _ = saved_bytes(freeze_all(s), x)
+    assert mine <= theirs + 100_000  # the strengths, and nothing of the size of an activation
 
 
 def test_gradient_of_b_by_finite_differences():
-    s, data, _ = tiny_search()
-    net = s.net.double()
-    x, y = common.normalize(data.train_images[:8], s.mean, s.std).double(), data.train_labels[:8]
-    loss = lambda: F.cross_entropy(net(x), y)
+    s, data, _ = tiny()
+    net, labels = s.net.double(), data.train_labels[:8]
+    x = normalized(s, data.train_images[:8]).double()
+    loss = lambda: F.cross_entropy(net(x), labels)
     loss().backward()
-    for k, m in [(0, 0), (3, 6), (4, 2), (7, 1)]:
+    for k, m in ((0, 0), (3, 6), (4, 2), (7, 1)):
         values = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                net.b[k, m] += sign * 1e-7
-                values.append(float(loss()))
-                net.b[k, m] -= sign * 1e-7
-        assert float(net.b.grad[k, m]) == pytest.approx((values[0] - values[1]) / 2e-7, rel=1e-3, abs=1e-7)
+        for step in (1e-7, -2e-7, 1e-7):
+            values.append(float(loss().detach()))
+            net.b[k].data[m] += step
+        assert float(net.b[k].grad[m]) == pytest.approx((values[1] - values[2]) / 2e-7, rel=1e-3, abs=1e-7)
+
+
+def test_constraints_are_those_of_the_kept_network():
+    s, data, args = tiny("--auxiliary-weight", "0.4")
+    for frozen in ((), (1, 6)):
+        move_b(s.net)
+        s.net.recover()
+        for k in frozen:
+            s.net.freeze(k)
+        kept = freeze_all(copy.deepcopy(s))
+        for flag, cost in (("--max-params", common.count_parameters(kept)),
+                           ("--max-flops", common.count_flops(kept, 32))):
+            limits = [dha.parse_args([*TINY, flag, str(cost - less)]) for less in (0, 1)]
+            assert [dha.within_limits(s.net, args, 32) for args in limits] == [True, False]
+        assert dha.within_limits(s.net, args, 32)
 
 
 def test_constraints_reject_and_the_last_support_stays():
-    s, data, args = tiny_search()
-    before = s.net.genotype(), s.net.alpha.clone()
-    s.net.b.data.normal_()
-    moved, accepted = s.net.recover(1e-5, lambda genotype: False)
-    assert not accepted and s.net.genotype() == before[0] and torch.equal(s.net.alpha, before[1])
-    assert s.net.recover(1e-5)[1] and s.net.genotype() != before[0]
-
-    params = common.count_parameters(dha.SparseSupernet(4, 10, 3, genotype=s.net.genotype()))
-    flops = common.count_flops(s.net.prune(), 32)
-    for flag, value in (("--max-params", params), ("--max-flops", flops)):
-        assert dha.within_limits(tiny_args(flag, str(value)), data, s.net.genotype())
-        assert not dha.within_limits(tiny_args(flag, str(value - 1)), data, s.net.genotype())
+    s, *_ = tiny()
+    before = s.net.support, {name: value.clone() for name, value in s.net.state_dict().items()}
+    move_b(s.net)
+    asked = []
+    assert s.net.recover(1e-5, lambda: asked.append(s.net.support)) == []
+    assert s.net.support == before[0] != asked[0]  # what was asked about is the new one
+    for name in ("alpha", "A_S", "alpha_S"):
+        assert torch.equal(getattr(s.net, name), before[1][name])
+    assert len(s.net.recover(1e-5)) == 8 and s.net.support == asked[0]
 
 
-def test_supernet_state_survives_a_round_trip():
-    s, data, args = tiny_search()
-    s.net.freeze(2)
-    other = dha.SparseSupernet(4, 10, 3)
-    other.load_state_dict(s.net.state_dict())
-    assert other.genotype() == s.net.genotype() and other.frozen == s.net.frozen
-    x = common.normalize(data.test_images, s.mean, s.std)
-    assert torch.equal(other.eval()(x), s.net.eval()(x))
-    assert [p.requires_grad for p in other.parameters()] == [p.requires_grad for p in s.net.parameters()]
+def test_a_run_starts_within_the_constraints():
+    _, data, args = tiny()
+    costs = []
+    for seed in range(5):
+        args.seed = seed
+        net = freeze_all(dha.start(args, data, torch.device("cpu")))
+        costs.append(common.count_parameters(net))
+    args.max_params, args.seed = min(costs), costs.index(max(costs))
+    s = dha.start(args, data, torch.device("cpu"))
+    assert common.count_parameters(freeze_all(s)) <= min(costs) < max(costs)
+    args.max_params = 1
+    with pytest.raises(common.InputError, match="raise them"):
+        dha.start(args, data, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("frozen", [(), (2, 5), "all", "given"])
+def test_state_goes_on_bit_for_bit(frozen, tmp_path):
+    flags = ("--genotype", "DARTS_V2") if frozen == "given" else ()
+    _, data, args = tiny(*flags)
+    build = lambda: dha.start(args, data, torch.device("cpu"))
+
+    def go_on(s):
+        torch.manual_seed(9)
+        measured = steps(s, data, args, 2)
+        moved = s.net.recover(args.lasso) if not all(s.net.frozen) else []
+        return measured + steps(s, data, args, 2), moved
+
+    s = build()
+    steps(s, data, args, 3)
+    for k in frozen if frozen == (2, 5) else ():
+        s.net.freeze(k)
+    if frozen == "all":
+        freeze_all(s)
+    move_b(s.net)
+    not all(s.net.frozen) and s.net.recover()
+    steps(s, data, args, 2)
+    torch.save(s.state_dict(), tmp_path / "state.pt")
+    args.seed = 7  # another A, b and theta
+    other = build()
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    (mine, moved), (theirs, moved_too) = go_on(s), go_on(other)
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs)) and moved == moved_too
+    assert other.net.support == s.net.support and other.net.frozen == s.net.frozen
+    assert [p.requires_grad for p in other.theta] == [p.requires_grad for p in s.theta]
+    a, b = (pickle.dumps([value.tolist() for value in s.net.state_dict().values()]) for s in (s, other))
+    assert a == b and torch.equal(s.tau, other.tau) and s.lr == other.lr and s.wd == other.wd
 
 
 @pytest.mark.parametrize("size", [31, 32, 8])
 def test_supernet_takes_odd_and_small_images(size):
-    net = dha.SparseSupernet(4, 3, 3, b_scale=0.3)
-    assert net(torch.rand(2, 3, size, size)).shape == (2, 3)
+    assert dha.SparseSupernet(4, 3, 3, b_scale=0.3)(torch.rand(2, 3, size, size)).shape == (2, 3)
 
 
 def test_auxiliary_head_only_in_training():
-    net = dha.SparseSupernet(4, 3, 3, auxiliary=True)
-    assert [tuple(o.shape) for o in net(torch.rand(2, 3, 32, 32))] == [(2, 3), (2, 3)]
-    assert net.eval()(torch.rand(2, 3, 32, 32)).shape == (2, 3)
-    assert not any("auxiliary" in name for name in net.prune().state_dict())
+    net, x = dha.SparseSupernet(4, 3, 3, auxiliary=True), torch.rand(2, 3, 32, 32)
+    assert [tuple(o.shape) for o in net(x)] == [(2, 3), (2, 3)]
+    assert net.eval()(x).shape == (2, 3)
 
 
-# No waiting: a step on pretended CUDA tensors, which have no values; whatever needs one on the host raises
+# -------- The loop ------------------------------------------------------------------------------------------
 
+def loop(tmp_path, monkeypatch, step, *flags):
+    """search_and_train with a step of one's own on every batch: the run and what was learned."""
+    s, data, args = tiny("--out", str(tmp_path / "run"), *flags, count=16)
+    monkeypatch.setattr(dha, "train_step", lambda *given: step(s) or torch.zeros(2))
+    run = dha.open_run(args, torch.device("cpu"))
+    dha.search_and_train(s, args, data, run)
+    return run, s
+
+
+def test_an_epochs_record_names_the_support_that_it_trained_with(tmp_path, monkeypatch):
+    trained = []
+
+    def step(s):
+        trained.append(s.net.support)
+        len(trained) % 2 or all(s.net.frozen) or move_b(s.net)  # two steps an epoch
+
+    run, s = loop(tmp_path, monkeypatch, step, "--search-epochs", "4", "--train-epochs", "2")
+    supports = [record["support"] for record in run.history]
+    assert supports == trained[::2] == trained[1::2]
+    assert all(a != b for a, b in zip(supports[:3], supports[1:4]))  # recovery changed it in between
+    assert supports[3:] == [s.net.support] * 3  # fixed as it was last trained
+    assert [record["phase"] for record in run.history] == ["search"] * 4 + ["train"] * 2
+
+
+def test_a_node_without_alpha_freezes_only_when_the_search_ends(tmp_path, monkeypatch):
+    def step(s):
+        if not all(s.net.frozen):
+            s.net.b[3].data.zero_()  # alpha is 0, and does not move; the others' does not either
+
+    run, s = loop(tmp_path, monkeypatch, step, "--search-epochs", "5", "--train-epochs", "1")
+    assert [record["frozen"] for record in run.history] == [0, 0, 7, 7, 7, 8] or [
+        record["frozen"] for record in run.history] == [0, 7, 7, 7, 7, 8]
+    assert [record["phase"] for record in run.history] == ["search"] * 5 + ["train"]
+    assert all(s.net.frozen)
+
+
+def test_the_search_ends_early_when_all_nodes_are_frozen(tmp_path, monkeypatch):
+    run, s = loop(tmp_path, monkeypatch, lambda s: None, "--search-epochs", "9", "--train-epochs", "2")
+    assert [record["phase"] for record in run.history] == ["search", "train", "train"]
+    assert [record["frozen"] for record in run.history] == [0, 8, 8]
+
+
+# -------- Several processes ---------------------------------------------------------------------------------
+
+PROCESS = """
+import sys
+import torch, torch.distributed as dist
+import dha
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+torch.manual_seed(0)
+net = dha.SparseSupernet(4, 10, 3, b_scale=0.3)
+net.freeze(6)
+torch.manual_seed(rank)
+for b in net.b:
+    b.data.normal_(0, 0.3)
+moved = net.recover()
+params = [torch.zeros(2, 3, requires_grad=True), torch.zeros(4, requires_grad=True), torch.zeros(1)]
+for p in params[:2]:
+    p.grad = torch.full_like(p, rank + 1.0)
+dha.average_gradients(params)
+state = {"support": net.support, "alpha": net.alpha, "A_S": net.A_S, "alpha_S": net.alpha_S, "moved": moved}
+torch.save(state | {"grads": [p.grad for p in params]}, f"{folder}/{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_processes_share_the_support_of_rank_0_and_the_gradients(tmp_path):
+    command = [sys.executable, "-c", PROCESS]
+    where = {"cwd": Path(dha.__file__).parent, "stderr": subprocess.PIPE}
+    processes = [subprocess.Popen([*command, str(rank), str(tmp_path)], **where) for rank in range(2)]
+    net = dha.SparseSupernet(4, 10, 3, b_scale=0.3)  # what rank 0 finds, alone
+    net.freeze(6)
+    torch.manual_seed(0)
+    move_b(net)
+    moved = net.recover()
+    for process in processes:
+        said = process.communicate(timeout=100)[1]
+        assert process.returncode == 0, said.decode()
+    for rank in range(2):
+        state = torch.load(tmp_path / f"{rank}.pt")
+        assert state["support"] == net.support and state["moved"] == pytest.approx(moved)
+        for name in ("alpha", "A_S", "alpha_S"):
+            assert torch.allclose(state[name], getattr(net, name), atol=1e-6)
+        assert [(g * 0 + 1.5).equal(g) for g in state["grads"][:2]] == [True, True]  # the mean of 1 and 2
+        assert state["grads"][2] is None
+
+
+# -------- No waiting ----------------------------------------------------------------------------------------
 
 class CrossDeviceCopies(TorchDispatchMode):
+    """Notes operations on pretended tensors that go from one device to another."""
+
     def __init__(self):
         super().__init__()
         self.seen = []
@@ -416,33 +610,36 @@ class CrossDeviceCopies(TorchDispatchMode):
         return out
 
 
-def test_a_step_on_cuda_never_waits_for_the_host(monkeypatch):
-    s, _, args = tiny_search("--cutout", "16", "--auxiliary-weight", "0.4", "--drop-path", "0.2")
-    s.net.drop_path_prob = 0.1
-    calls = []
+@pytest.mark.parametrize("frozen", [(), (2, 5)])
+def test_a_step_on_cuda_never_waits_for_the_host(monkeypatch, frozen):
+    """On pretended CUDA tensors, which have no values: whatever needs one on the host raises."""
+    s, _, args = tiny("--cutout", "16", "--auxiliary-weight", "0.4", "--drop-path", "0.2")
+    s.net.drop_path_prob, calls = 0.1, []
+    for k in frozen:
+        s.net.freeze(k)
 
     def backward(loss):  # autograd's own engine wants a real device
         calls.append(loss.device.type)
-        for p in [*s.theta, s.net.b, s.tau]:
-            p.grad = torch.empty_like(p)
+        for p in [*s.theta, *s.net.b, s.tau]:
+            p.grad = torch.empty_like(p) if p.requires_grad else None
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in s.net.modules():
             for name, p in module._parameters.items():
-                if p is not None:
-                    module._parameters[name] = torch.nn.Parameter(torch.empty(p.shape, device="cuda"), p.requires_grad)
+                on = torch.empty(p.shape, device="cuda")
+                module._parameters[name] = torch.nn.Parameter(on, p.requires_grad)
             for name, b in module._buffers.items():
                 module._buffers[name] = torch.empty(b.shape, dtype=b.dtype, device="cuda")
-        s.theta = s.net.weights()
-        s.b_optimizer = torch.optim.Adam([s.net.b])
+        s.theta = [p for name, p in s.net.named_parameters() if not name.startswith("b.")]
+        s.b_optimizer = torch.optim.Adam(s.net.b)
         s.tau = torch.empty(14, 14, device="cuda", requires_grad=True)
         s.lr, s.wd, s.mean, s.std = (torch.empty(n, device="cuda") for n in ((), (), 3, 3))
         images = torch.empty(8, 3, 32, 32, dtype=torch.uint8, device="cuda")
         labels = torch.empty(8, dtype=torch.long, device="cuda")
-        with CrossDeviceCopies() as copies:
+        with CrossDeviceCopies() as copied:
             for _ in range(2):
-                losses, _ = dha.train_step(s, images, labels, args)
-        assert losses.device.type == "cuda" and calls == ["cuda"] * 4 and copies.seen == []
+                measured = dha.train_step(s, images, labels, args)
+        assert measured.device.type == "cuda" and calls == ["cuda"] * 4 and copied.seen == []
         with pytest.raises(Exception, match="local_scalar"):
-            float(losses.sum())  # the pretended device does notice
+            float(measured.sum())  # the pretended device does notice

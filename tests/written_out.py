@@ -1,5 +1,6 @@
-"""DARTS' search network as it is commonly written: a loop over edges and operations. The oracle of `DartsSupernet`,
-and the other side of its benchmark.
+"""DARTS' search network as it is commonly written: a loop over edges and operations.
+
+The oracle of `DartsSupernet`, and the other side of its benchmark.
 """
 
 import torch
@@ -12,7 +13,8 @@ NODES = 4
 
 
 def relu_conv_bn(c_in, c_out):
-    return nn.Sequential(nn.ReLU(), nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out, affine=False))
+    conv = nn.Conv2d(c_in, c_out, 1, bias=False)
+    return nn.Sequential(nn.ReLU(), conv, nn.BatchNorm2d(c_out, affine=False))
 
 
 class Zero(nn.Module):
@@ -43,7 +45,8 @@ def operation(name, C, stride):
         return nn.Identity() if stride == 1 else Reduce(C, C)
     if name.endswith("pool_3x3"):
         average = nn.AvgPool2d(3, stride, 1, count_include_pad=False)
-        return nn.Sequential(nn.MaxPool2d(3, stride, 1) if name[0] == "m" else average, nn.BatchNorm2d(C, affine=False))
+        pool = nn.MaxPool2d(3, stride, 1) if name[0] == "m" else average
+        return nn.Sequential(pool, nn.BatchNorm2d(C, affine=False))
     k, d = int(name[-1]), 2 if name.startswith("dil") else 1
 
     def block(stride):
@@ -98,22 +101,13 @@ class WrittenOut(nn.Module):
 
 
 def pairs(net, fast):
-    """Matching weights of the two networks, alpha first: (this one's parameter, the fast one's, which rows of it).
-
-    The fast network holds an operation of all edges that leave a state in one parameter, edge after edge.
-    """
-    same = [(net.stem, fast.stem, 0), (net.classifier, fast.classifier, 0)]
-    for mine, theirs in zip(net.cells, fast.cells):
-        same += [(mine.preprocess0, theirs.preprocess0, 0), (mine.preprocess1, theirs.preprocess1, 0)]
-        edges = iter(mine.edges)
-        for j in range(NODES):
-            for state in range(j + 2):
-                place, ops = j - max(0, state - 1), next(edges)  # place: among the nodes that read the state
-                if theirs.skips[state]:
-                    same.append((ops[3], theirs.skips[state][place], 0))
-                same += [(op, grouped, place) for op, grouped in zip(ops[4:], theirs.convs[state], strict=True)]
-    found = [(net.alphas_normal, fast.alphas_normal, slice(None)), (net.alphas_reduce, fast.alphas_reduce, slice(None))]
-    for a, b, place in same:
-        for p, q in zip(a.parameters(), b.parameters(), strict=True):
-            found.append((p, q, slice(place * len(p), (place + 1) * len(p))))
+    """Matching parameters of the two networks, alpha first: (this one's, DartsSupernet's)."""
+    same = [(net.stem, fast.stem), (net.classifier, fast.classifier)]
+    for mine, theirs in zip(net.cells, fast.cells, strict=True):
+        same += [(mine.preprocess0, theirs.preprocess0), (mine.preprocess1, theirs.preprocess1)]
+        for ops, edge in zip(mine.edges, theirs.edges, strict=True):
+            same += zip(ops[1:], edge.ops, strict=True)  # ops: of PRIMITIVES, edge.ops: of PRIMITIVES[1:]
+    found = [(net.alphas_normal, fast.alphas_normal), (net.alphas_reduce, fast.alphas_reduce)]
+    for a, b in same:
+        found += zip(a.parameters(), b.parameters(), strict=True)
     return found
