@@ -381,7 +381,7 @@ def start_device(args: argparse.Namespace) -> torch.device:
     if gpu >= gpus or (gpu < 0 and args.amp):
         raise InputError(f"no such GPU, this machine has {gpus}: --gpu -1, without --amp, is the CPU")
     if gpu < 0:
-        print("running on the CPU; the paper's settings want a GPU")
+        print("running on the CPU" + "; the paper's settings want a GPU" * (args.preset == "paper"))
         return torch.device("cpu")
     print("running on", torch.cuda.get_device_name(gpu))
     torch.cuda.set_device(gpu)
@@ -434,6 +434,51 @@ def search_policy(args: argparse.Namespace, data: Data, run: argparse.Namespace)
         record["selection"] = dict(zip(AUGMENTATIONS, s.policy.selection().mean((0, 1)).tolist()))
         end_epoch(run, record, begun, policy={name: part.state_dict() for name, part in parts.items()})
     return s.policy
+
+
+# -------- The other stages: calls of the two scripts --------------------------------------------------------
+
+def die_with_parent() -> None:
+    """In a stage's process: leave Ctrl-C to the parent, and (on Linux) end when the parent is killed."""
+    os.setpgid(0, 0)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+class StageFailed(Exception):
+    """What to say, and the exit code."""
+
+def stages(args: argparse.Namespace, checking: bool = False) -> dict[str, list[str]]:
+    """The called stages: folder -> command. checking: commands that check their flags and need no files."""
+    out, script = Path(args.out), "dha.py" if args.method == "dha" else "joint_darts_faa.py"
+    command = [sys.executable]
+    if args.processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.processes}"]
+    command += [str(Path(__file__).with_name(script)), *args.rest]
+    for name in "preset dataset data_dir image_size limit_train limit_test workers seed gpu".split():
+        if getattr(args, name) is not None:
+            command += ["--" + name.replace("_", "-"), str(getattr(args, name))]
+    command += ["--amp"] * args.amp + ["--check" if checking else "--resume"]
+    if args.method == "dha":
+        search = [*command, "--no-da", "--no-hpo", "--train-epochs", "0", "--out", str(out / "search")]
+        given = [] if checking else ["--genotype", str(out / "search" / "genotype.json")]
+        return {"search": search, "train": [*command, *given, "--out", str(out / "train")]}
+    policy = "none" if checking or args.method == "darts" else str(out / "policy.json")
+    return {"darts": [*command, "--policy", policy, "--out", str(out / "darts")]}
+
+def run_stage(name: str, command: list[str], out: Path) -> dict:
+    """Run a stage into `out`, with this program's terminal; returns its result.json. Raises StageFailed."""
+    print(f"\nstage {name}: {shlex.join(command[1:])}", flush=True)
+    stage = subprocess.Popen(command, preexec_fn=die_with_parent)
+    try:
+        code = stage.wait()
+    except KeyboardInterrupt as e:
+        stage.send_signal(e.args[0] - 128)
+        stage.wait()
+        raise
+    if code:
+        code = code if code > 0 else 128 - code  # killed by a signal
+        raise StageFailed(f"stage {name} ended with exit code {code}, its own message is above", code)
+    return read_json(out / "result.json", "seconds", "search_seconds")
 
 
 # =============================================================================
@@ -533,48 +578,6 @@ def end_epoch(run: argparse.Namespace, record: dict, start: float, **parts: dict
         numbers = [f"{name} {v:.4g}" for name, v in record.items() if isinstance(v, (int, float))]
         print(record["phase"], *numbers, f"{time.time() - start:.0f} s", sep="  ", flush=True)
 
-def die_with_parent() -> None:
-    """In a stage's process: leave Ctrl-C to the parent, and (on Linux) end when the parent is killed."""
-    os.setpgid(0, 0)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-class StageFailed(Exception):
-    """What to say, and the exit code."""
-
-def stages(args: argparse.Namespace, checking: bool = False) -> dict[str, list[str]]:
-    """The called stages: folder -> command. checking: commands that check their flags and need no files."""
-    out, script = Path(args.out), "dha.py" if args.method == "dha" else "joint_darts_faa.py"
-    command = [sys.executable]
-    if args.processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.processes}"]
-    command += [str(Path(__file__).with_name(script)), *args.rest]
-    for name in "preset dataset data_dir image_size limit_train limit_test workers seed gpu".split():
-        if getattr(args, name) is not None:
-            command += ["--" + name.replace("_", "-"), str(getattr(args, name))]
-    command += ["--amp"] * args.amp + ["--check" if checking else "--resume"]
-    if args.method == "dha":
-        search = [*command, "--no-da", "--no-hpo", "--train-epochs", "0", "--out", str(out / "search")]
-        given = [] if checking else ["--genotype", str(out / "search" / "genotype.json")]
-        return {"search": search, "train": [*command, *given, "--out", str(out / "train")]}
-    policy = "none" if checking or args.method == "darts" else str(out / "policy.json")
-    return {"darts": [*command, "--policy", policy, "--out", str(out / "darts")]}
-
-def run_stage(name: str, command: list[str], out: Path) -> dict:
-    """Run a stage into `out`, with this program's terminal; returns its result.json. Raises StageFailed."""
-    print(f"\nstage {name}: {shlex.join(command[1:])}", flush=True)
-    stage = subprocess.Popen(command, preexec_fn=die_with_parent)
-    try:
-        code = stage.wait()
-    except KeyboardInterrupt as e:
-        stage.send_signal(e.args[0] - 128)
-        stage.wait()
-        raise
-    if code:
-        code = code if code > 0 else 128 - code  # killed by a signal
-        raise StageFailed(f"stage {name} ended with exit code {code}, its own message is above", code)
-    return read_json(out / "result.json", "seconds", "search_seconds")
-
 def run_baseline(args: argparse.Namespace, device: torch.device) -> dict:
     """All stages of one seed into the run directory --out; returns what its result.json holds."""
     out = Path(args.out)
@@ -589,13 +592,16 @@ def run_baseline(args: argparse.Namespace, device: torch.device) -> dict:
                 said = [line for line in check.stderr.splitlines() if line.startswith("error: ")]
                 raise InputError(f"stage {name}: {''.join(said).removeprefix('error: ') or check.stderr}")
     if args.check:
-        return {}
+        return {"check": "passed"}
     run = open_run(args, device)
     if args.method == "faa-darts" and not (out / "policy.json").exists():
         save(out / "policy.json", search_policy(args, data, run).table())
         panels = {"critic": ["distance", "policy_critic_loss"], "penalty": ["penalty"]}
         panels |= {"class loss (nats)": ["class_loss", "policy_class_loss"]}
-        draw_run(out, run.history, None, panels | {"accuracy (%)": ["accuracy", "policy_accuracy"]})
+        try:
+            draw_run(out, run.history, None, panels | {"accuracy (%)": ["accuracy", "policy_accuracy"]})
+        except Exception as e:  # whatever matplotlib raises
+            print(f"warning: the figure could not be drawn: {type(e).__name__}: {e}")
     del data  # the stages want the memory
     torch.cuda.empty_cache()
 
@@ -616,21 +622,22 @@ def run_baseline(args: argparse.Namespace, device: torch.device) -> dict:
 def compare(folders: list[str]) -> str:
     """A Markdown table of finished runs, in `folders` or one level below: a row a method and data set.
     Runs whose settings differ in value, seed aside, make rows of their own, which name these settings."""
-    paths = [path for folder in folders for path in (Path(folder), *sorted(Path(folder).glob("*")))]
+    runs = [path for path in map(Path, folders) if (path / "config.json").exists()]
+    runs += [path for name in folders if Path(name) not in runs for path in sorted(Path(name).glob("*"))]
     rows: dict[tuple, list] = {}
-    for path in {path.resolve(): path for path in paths if (path / "result.json").exists()}.values():
-        result = read_json(path / "result.json")
+    for path in {path.resolve(): path for path in runs if (path / "result.json").exists()}.values():
+        result = read_json(path / "result.json", "method", "dataset", "params", "search_seconds", "seconds")
         if "test_accuracy" not in result:
             print(f"note: {path} was a search only")
             continue
-        names = ("method", "dataset", "test_accuracy", "params", "search_seconds", "seconds")
-        method, dataset, *numbers = (read_json(path / "result.json", *names)[name] for name in names)
         settings = read_json(path / "config.json", "args")["args"]
         own = "seed repeats out resume check workers gpu evaluate compare".split()
-        own += ["data_dir"] * (dataset != "folder")
+        own += ["data_dir"] * (result["dataset"] != "folder")
         kept = {name: str(value) for name, value in sorted(settings.items()) if name not in own}
+        numbers = (result[name] for name in ("test_accuracy", "params", "search_seconds", "seconds"))
         try:
-            rows.setdefault((dataset, method, *kept.items()), []).append([float(x) for x in numbers])
+            row = rows.setdefault((result["dataset"], result["method"], *kept.items()), [])
+            row.append([float(number) for number in numbers])
         except (TypeError, ValueError) as e:
             raise InputError(f"cannot use {path / 'result.json'}: {e}") from e
     if not rows:
