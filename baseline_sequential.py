@@ -671,16 +671,15 @@ def draw_run(out: Path, history: list[dict], genotype: Genotype | None, panels: 
             records = [r for r in history if name in r]
             axis.plot([r["epoch"] for r in records], [r[name] for r in records], ".-", label=name)
         axis.set(title=title, xlabel="epoch (dashed: the search ends)")
+        axis.locator_params(axis="x", integer=True)
         axis.axvline(0.5 + sum(r["phase"] != "train" for r in history), color="0.5", linestyle="--")
         axis.legend()
     figure.savefig(out / "curves.png", dpi=150)
     return plt
 
 LEAST = dict(  # the least value of flags, where it is not 1 for whole numbers and 0 for others
-    gpu=-1, seed=0, train_epochs=0, cutout=0, batch_size=2, search_batch_size=2, limit_train=2, channels=2,
-    search_channels=2, layers=3, search_layers=3, search_images=4, faa_images=4, faa_batch_size=4,
-    image_size=8,
-)
+    gpu=-1, seed=0, train_epochs=0, cutout=0, batch_size=2, search_batch_size=2, limit_train=2, image_size=8,
+    channels=2, search_channels=2, layers=3, search_layers=3, search_images=4, faa_images=4, faa_batch_size=4)
 
 class Parser(argparse.ArgumentParser):
     """argparse with the flags that every script has, presets, and mistakes reported in one line."""

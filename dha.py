@@ -622,7 +622,7 @@ def search_and_train(s: DHA, args: argparse.Namespace, data: Data, run: argparse
         record = {"epoch": epoch + 1, "phase": phase, "loss": loss, "train_accuracy": accuracy}
         record |= {"test_accuracy": test, "lr": float(s.lr), "wd": float(s.wd), "frozen": sum(s.net.frozen)}
         record["entropy"] = float(torch.special.entr(s.tau.detach().flatten().softmax(0)).sum())  # nats
-        record["skip_connects"] = sum(op == "skip_connect" for op, _ in s.net.genotype().normal)
+        record["skip_connects"] = str(s.net.genotype().normal).count("skip_connect")
         record["support"] = s.net.support  # that was trained; what follows changes it
         if phase == "search":
             if record["skip_connects"] > 4:
@@ -834,6 +834,7 @@ def draw_run(out: Path, history: list[dict], genotype: Genotype | None, panels: 
             records = [r for r in history if name in r]
             axis.plot([r["epoch"] for r in records], [r[name] for r in records], ".-", label=name)
         axis.set(title=title, xlabel="epoch (dashed: the search ends)")
+        axis.locator_params(axis="x", integer=True)
         axis.axvline(0.5 + sum(r["phase"] != "train" for r in history), color="0.5", linestyle="--")
         axis.legend()
     figure.savefig(out / "curves.png", dpi=150)
@@ -853,22 +854,21 @@ def draw_dha(out: Path, history: list[dict], genotype: Genotype, p: Tensor | Non
     search = [r for r in history if r["phase"] == "search"]
     if plt and search:
         figure, axis = plt.subplots(figsize=(min(6 + 0.5 * len(search), 16), 7), layout="constrained")
-        edges = [[edge for node in r["support"] for edge in node] for r in search]  # (epochs, 16)
-        rows = torch.tensor([[OPS.index(name) for name, _ in row] for row in edges])
         colors = plt.matplotlib.colors.ListedColormap(common.OPERATION_COLORS[1:])
-        image = axis.imshow(rows.T, cmap=colors, vmin=-0.5, vmax=6.5, aspect="auto", interpolation="nearest")
+        for r in search:
+            edges = [edge for node in r["support"] for edge in node]  # 16 of (operation, state)
+            x, column = [r["epoch"] - 0.5, r["epoch"] + 0.5], [[OPS.index(name)] for name, _ in edges]
+            image = axis.pcolormesh(x, range(17), column, cmap=colors, vmin=-0.5, vmax=6.5, edgecolor="w")
+            for y, (_, state) in enumerate(edges):
+                axis.text(r["epoch"], y + 0.5, state, ha="center", va="center", fontsize=8)
         figure.colorbar(image, ticks=range(7)).ax.set_yticklabels(OPS)
-        for x, y in ((x, y) for x in range(len(search)) for y in range(4 * NODES)):
-            axis.text(x, y, edges[x][y][1], ha="center", va="center", fontsize=8)
-        axis.set_yticks(range(0, 16, 2), [f"{cell} {j}" for cell in ("normal", "reduce") for j in range(4)])
-        axis.set(xlabel="epoch, from 0", title="Support of every node (number: the state that is read)")
+        axis.set_yticks(range(1, 17, 2), [f"{cell} {j}" for cell in ("normal", "reduce") for j in range(4)])
+        axis.set(xlabel="epoch", ylim=(16, 0), title="Support of every node (number: the state that is read)")
         figure.savefig(out / "support.png", dpi=150)
 
 LEAST = dict(  # the least value of flags, where it is not 1 for whole numbers and 0 for others
-    gpu=-1, seed=0, train_epochs=0, cutout=0, batch_size=2, search_batch_size=2, limit_train=2, channels=2,
-    search_channels=2, layers=3, search_layers=3, search_images=4, faa_images=4, faa_batch_size=4,
-    image_size=8,
-)
+    gpu=-1, seed=0, train_epochs=0, cutout=0, batch_size=2, search_batch_size=2, limit_train=2, image_size=8,
+    channels=2, search_channels=2, layers=3, search_layers=3, search_images=4, faa_images=4, faa_batch_size=4)
 
 class Parser(argparse.ArgumentParser):
     """argparse with the flags that every script has, presets, and mistakes reported in one line."""

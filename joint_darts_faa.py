@@ -806,6 +806,7 @@ def draw_run(out: Path, history: list[dict], genotype: Genotype | None, panels: 
             records = [r for r in history if name in r]
             axis.plot([r["epoch"] for r in records], [r[name] for r in records], ".-", label=name)
         axis.set(title=title, xlabel="epoch (dashed: the search ends)")
+        axis.locator_params(axis="x", integer=True)
         axis.axvline(0.5 + sum(r["phase"] != "train" for r in history), color="0.5", linestyle="--")
         axis.legend()
     figure.savefig(out / "curves.png", dpi=150)
@@ -821,26 +822,25 @@ def draw_joint(out: Path, history: list[dict], genotype: Genotype, images: Tenso
         torchvision.utils.save_image(rows, out / "images.png", nrow=len(images), padding=6, pad_value=1.0)
     panels = {"loss (nats)": ["loss", "val_loss"], "accuracy (%)": ["train_accuracy", "val_accuracy"]}
     panels["accuracy (%)"].append("test_accuracy")
-    panels["skip-connections of a cell's 8 (collapse: above 4)"] = ["skip_connects", "skip_connects_reduce"]
+    panels["skip-connections, of 8 operations"] = ["skip_connects", "skip_connects_reduce"]
     plt = draw_run(out, history, genotype, panels)
     search = [r for r in history if "selection" in r]
     if plt and search:  # Figure 2, and below it what the paper says of its part c
         figure, axes = plt.subplots(2, 1, figsize=(9, 6.4), height_ratios=(3, 1), layout="constrained")
         epochs, shares = [r["epoch"] for r in search], [r["selection"].values() for r in search]
         axes[0].stackplot(epochs, *zip(*shares), labels=list(AUGMENTATIONS), colors=plt.cm.tab20.colors)
-        axes[0].set(ylim=(0, 1), title="Selection of each operation, mean over sub-policies and stages")
+        axes[0].set(ylim=(0, 1), xticks=[], title="Selection of each operation, mean over the policy")
         axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
         cells = [common.parse_genotype(r["genotype"]) for r in search]
         edges = [{(cell, i // 2, e) for cell in (0, 2) for i, e in enumerate(g[cell])} for g in cells]
         axes[1].bar(epochs[1:], [len(now - before) for before, now in zip(edges, edges[1:])])
         axes[1].set(xlabel="epoch", title="Edges of the derived cells, of 16, that are new in this epoch")
+        axes[1].locator_params(axis="both", integer=True)
         figure.savefig(out / "selection.png", dpi=150)
 
 LEAST = dict(  # the least value of flags, where it is not 1 for whole numbers and 0 for others
-    gpu=-1, seed=0, train_epochs=0, cutout=0, batch_size=2, search_batch_size=2, limit_train=2, channels=2,
-    search_channels=2, layers=3, search_layers=3, search_images=4, faa_images=4, faa_batch_size=4,
-    image_size=8,
-)
+    gpu=-1, seed=0, train_epochs=0, cutout=0, batch_size=2, search_batch_size=2, limit_train=2, image_size=8,
+    channels=2, search_channels=2, layers=3, search_layers=3, search_images=4, faa_images=4, faa_batch_size=4)
 
 class Parser(argparse.ArgumentParser):
     """argparse with the flags that every script has, presets, and mistakes reported in one line."""

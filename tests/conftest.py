@@ -77,7 +77,7 @@ SCRIPTS = {
 class StagesInProcess:
     """`subprocess` for baseline_sequential: the stages are calls, because a start of Python takes 4 s."""
 
-    getoutput, popen = subprocess.getoutput, subprocess.Popen
+    getoutput = staticmethod(subprocess.getoutput)
 
     def call(self, command: list[str]) -> int:
         module = {"dha.py": dha, "joint_darts_faa.py": joint_darts_faa}[Path(command[1]).name]

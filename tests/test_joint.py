@@ -50,11 +50,12 @@ def test_supernet_equals_the_written_out_mixed_operation(mode, size):
     slow, fast = both(dtype)
     x, y = torch.randn(6, 3, size, size, dtype=dtype), torch.randint(10, (6,))
     if "eval" in mode:
-        for _ in range(3):
-            slow(x), fast(x)  # running statistics
+        for norm in (m for net in (slow, fast) for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+            norm.momentum = None  # running statistics: the mean over all batches
+        slow(x), fast(x)
         slow.eval(), fast.eval()
     a, b = slow(x), fast(x.to(memory_format=torch.channels_last))
-    assert (a - b).abs().max() <= tolerance * max(1.0, float(a.detach().abs().max()))
+    assert (a - b).abs().max() <= tolerance
     F.cross_entropy(a, y).backward()
     F.cross_entropy(b, y).backward()
     largest = max(float(p.grad.abs().max()) for p, _ in pairs(slow, fast))
@@ -193,7 +194,7 @@ def test_policy_gradients(name):
         torch.randint(1, (3,))
         share = joint.relaxed_bernoulli(policy.p[0, 0].expand(3, 16))[:, n]
         share = share * (policy.z[0, 0] / 0.5).softmax(0)[n]
-        assert got == pytest.approx(-float((share * upstream.sum((1, 2, 3))).sum()))
+        assert got == pytest.approx(-float((share * upstream.sum((1, 2, 3))).detach().sum()))
     elif not exact:
         assert got == 0
 
@@ -429,6 +430,7 @@ def test_a_search_step_on_cuda_never_waits_for_the_host(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     monkeypatch.setattr(common, "mean_std", lambda images: (torch.empty(3), torch.empty(3)))
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *where, **layout: module)  # it is there already
     with FakeTensorMode():
         with torch.device("cuda"):
             labels = torch.empty(8, dtype=torch.long)
