@@ -1,9 +1,9 @@
-"""What a step of the joint search costs beside the step as it is commonly written, each side in its own process.
+"""What a step of the joint search costs beside the step as it is commonly written.
 
-    python tests/benchmarks/joint.py                                   # C=16 L=8 batch 64, 5 minutes on 2 cores
+    python tests/benchmarks/joint.py                                 # C=16 L=8 batch 64, 5 minutes on 2 cores
     python tests/benchmarks/joint.py --channels 8 --layers 5 --batch-size 32
 
-The sides take turns, a fresh process each time; a process makes one step to warm up and times the next ones. Prints
+The sides take turns, a fresh process each time, which makes one step to warm up and times the next ones. Prints
 medians, ratios and peak memory; asserts nothing.
 """
 
@@ -79,7 +79,9 @@ def one_side(mine):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--channels", type=int, default=16)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -97,7 +99,8 @@ def main():
             command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
             run = subprocess.run(command, capture_output=True, text=True, check=True)
             found[side].append([float(word) for word in run.stdout.split()])
-    seconds, memory = ({k: statistics.median(v[i] for v in rows) for k, rows in found.items()} for i in (0, 1))
+    median = lambda i: {side: statistics.median(row[i] for row in rows) for side, rows in found.items()}
+    seconds, memory = median(0), median(1)
     for side, what in SIDES.items():
         print(f"{side:12s} {seconds[side]:7.3f} s  {memory[side]:5.2f} GiB   {what}")
     for side in ("ours", "with policy"):
