@@ -420,7 +420,7 @@ def test_normalize():
 @pytest.mark.parametrize("count, size, world", [(12, 4, 1), (50, 8, 2), (31, 6, 3), (5, 5, 5), (3, 8, 1)])
 def test_batches(count, size, world):
     state = torch.get_rng_state()
-    whole = batches(count, size, seed=1)
+    whole, size = batches(count, size, seed=1), min(size, count)  # a batch holds at most all images
     assert whole.shape == (count // size, size) and whole.dtype == torch.int64
     drawn = whole.flatten().tolist()
     assert len(set(drawn)) == len(drawn) and set(drawn) <= set(range(count))
@@ -428,6 +428,12 @@ def test_batches(count, size, world):
     assert all(share.shape == (count // size, size // world) for share in shares)
     assert torch.equal(torch.cat(shares, 1).sort().values, whole.sort().values)
     assert torch.equal(batches(count, size, seed=1), whole) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_batch_that_cannot_be_shared_evenly_is_refused():
+    for count, size, world in ((50, 8, 3), (5, 8, 2)):
+        with pytest.raises(InputError, match="shared"):
+            batches(count, size, 0, 0, world)
 
 
 def test_batches_of_other_seeds_are_others_and_reach_every_image():

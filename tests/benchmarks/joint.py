@@ -3,8 +3,8 @@
     python tests/benchmarks/joint.py                                 # C=16 L=8 batch 64, 5 minutes on 2 cores
     python tests/benchmarks/joint.py --channels 8 --layers 5 --batch-size 32
 
-The sides take turns, a fresh process each time, which makes one step to warm up and times the next ones. Prints
-medians, ratios and peak memory; asserts nothing.
+The sides take turns, a fresh process each time, which makes one step to warm up and times the next ones.
+Prints medians, ratios and peak memory; asserts nothing.
 """
 
 import argparse
