@@ -1,8 +1,13 @@
-"""baseline_sequential.py: the network, the critic's penalty, the two steps, the stages."""
+"""baseline_sequential.py: network, penalty, steps, stages, comparison; and what the three scripts share."""
 
-import argparse
+import inspect
 import json
+import math
+import shutil
+import signal
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,209 +18,377 @@ import common
 import dha
 import joint_darts_faa as joint
 
-FAA = "--method faa-darts --preset quick --gpu -1".split()
+CPU = torch.device("cpu")
+SCRIPTS = {"dha.py": dha, "joint_darts_faa.py": joint, "baseline_sequential.py": baseline}
 
 
-def settings(*flags: str, **values) -> argparse.Namespace:
-    return argparse.Namespace(**vars(baseline.parse_args([*FAA, *flags])) | values)
-
-
-@pytest.fixture
-def search():
+@pytest.fixture(autouse=True)
+def seeded_on_one_thread():  # networks are tiny, and two threads beside other programs take 40 times as long
     torch.manual_seed(0)
-    data = common.load_data("shapes", limit_train=40, limit_test=10)
-    return baseline.PolicySearch(settings(), data, torch.device("cpu")), data
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
-def batch(data, first, count):
-    part = slice(first, first + count)
-    return data.train_images[part].float() / 255, data.train_labels[part]
+def small(*flags):
+    return baseline.parse_args("--method faa-darts --preset quick --gpu -1".split() + [str(x) for x in flags])
 
 
-def test_wide_resnet_has_the_published_size():
+def few_images():
+    return common.Data(*common.shapes(40, 1), *common.shapes(10, 2), list(common.SHAPE_CLASSES))
+
+
+def halves(data):
+    """Two batches of 8: (images in [0, 1], labels)."""
+    return [(data.train_images[k : k + 8].float() / 255, data.train_labels[k : k + 8]) for k in (0, 8)]
+
+
+# -------- The network and the penalty -----------------------------------------------------------------------
+
+def test_wide_resnet_has_the_published_size_and_two_heads():
     net = baseline.WideResNet(10, 40, 2)
     head = common.count_parameters(net.critic)
     widths, expected = (16, 32, 64, 128), 3 * 16 * 9
-    for before, after in zip(widths, widths[1:]):  # the first block has a shortcut
-        expected += before * after * 9 + before * after + 2 * before + 2 * after + after * after * 9
-        expected += 5 * (2 * after * after * 9 + 4 * after)
+    for a, b in zip(widths, widths[1:]):
+        expected += a * b * 9 + a * b + 2 * a + 2 * b + b * b * 9  # with a shortcut
+        expected += 5 * (2 * b * b * 9 + 4 * b)
     expected += 2 * 128 + 128 * 10 + 10
     assert common.count_parameters(net) - head == expected == 2_243_546  # "2.2 M"
     assert head == 16_641
-
-
-@pytest.mark.parametrize("size", [32, 17, 8])
-def test_wide_resnet_has_two_heads(size):
-    logits, value = baseline.WideResNet(7, 10, 1)(torch.rand(3, 3, size, size))
-    assert logits.shape == (3, 7) and value.shape == (3,)
+    for size in (32, 17, 8):
+        logits, value = baseline.WideResNet(7, 10, 1)(torch.rand(3, 3, size, size))
+        assert logits.shape == (3, 7) and value.shape == (3,)
 
 
 def test_gradient_penalty_of_a_quadratic_critic():
-    """critic(x) = x^T A x / 2 with symmetric A has the gradient A x: everything can be written out."""
-    torch.manual_seed(0)
+    """critic(x) = x^T A x / 2 has the gradient (A + A^T) x / 2: everything can be written out."""
     real, augmented = torch.randn(2, 4, 3, 2, 2, dtype=torch.float64)
     share = torch.rand(4, dtype=torch.float64)
-    A = torch.randn(12, 12, dtype=torch.float64)
-    A = (A + A.T).requires_grad_(True)
+    A = torch.randn(12, 12, dtype=torch.float64, requires_grad=True)
     critic = lambda x: 0.5 * ((x.flatten(1) @ A) * x.flatten(1)).sum(1)
-    between = (share[:, None] * real.flatten(1) + (1 - share)[:, None] * augmented.flatten(1)).detach()
-    B = (A + A.T) / 2
-    expected = (((between @ B).square().sum(1).sqrt() - 1) ** 2).mean()
+    between = share[:, None] * real.flatten(1) + (1 - share)[:, None] * augmented.flatten(1)
+    expected = (((between @ (A + A.T) / 2).square().sum(1).sqrt() - 1) ** 2).mean()
     mine = baseline.gradient_penalty(critic, real, augmented, share)
     assert torch.allclose(mine, expected, rtol=1e-12)
     assert torch.allclose(*(torch.autograd.grad(v, A)[0] for v in (mine, expected)), rtol=1e-10)
 
 
 def test_second_derivative_of_the_penalty_by_finite_differences():
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 4, 3),
-        torch.nn.BatchNorm2d(4),
-        torch.nn.Softplus(),
-        torch.nn.Flatten(),
-        torch.nn.Linear(64, 1),
-    ).double()
-    real, augmented, share = torch.rand(2, 5, 3, 6, 6).double().unbind() + (torch.rand(5).double(),)
-
-    def penalty(*params):
-        named = dict(zip(dict(net.named_parameters()), params))
-        critic = lambda x: torch.func.functional_call(net, named, (x,)).squeeze(1)
-        return baseline.gradient_penalty(critic, real, augmented, share)
-
-    leaves = tuple(p.detach().clone().requires_grad_() for p in net.parameters())
-    assert torch.autograd.gradcheck(penalty, leaves)
-
-
-def test_penalty_through_the_wide_resnet_by_finite_differences():
-    torch.manual_seed(1)
+    """Through the whole network, along a random direction."""
     net = baseline.WideResNet(3, 10, 1).double()
-    real, augmented, share = torch.rand(2, 4, 3, 8, 8).double().unbind() + (torch.rand(4).double(),)
+    real, augmented = torch.rand(2, 4, 3, 8, 8, dtype=torch.float64)
+    share = torch.rand(4, dtype=torch.float64)
     params = [p for name, p in net.named_parameters() if not name.startswith("classifier")]
     penalty = lambda: baseline.gradient_penalty(lambda x: net(x)[1], real, augmented, share)
-    gradient = torch.autograd.grad(penalty(), params, allow_unused=True)
-    gradient = [torch.zeros_like(p) if g is None else g for p, g in zip(params, gradient)]  # of a last bias
-    direction = [torch.randn_like(p) for p in params]
+    found = torch.autograd.grad(penalty(), params, allow_unused=True)
+    gradient = [torch.zeros_like(p) if g is None else g for p, g in zip(params, found)]  # a last bias: None
+    direction, values = [torch.randn_like(p) for p in params], []
+    for step in (1e-7, -2e-7, 1e-7):
+        values.append(float(penalty().detach()))
+        for p, d in zip(params, direction):
+            p.data.add_(d, alpha=step)
     slope = sum(float((g * d).sum()) for g, d in zip(gradient, direction))
-    values, eps = [], 1e-7
-    for sign in (1, -1):
-        with torch.no_grad():
-            for p, d in zip(params, direction):
-                p.add_(d, alpha=sign * eps)
-        values.append(float(penalty()))
-        with torch.no_grad():
-            for p, d in zip(params, direction):
-                p.sub_(d, alpha=sign * eps)
-    assert slope == pytest.approx((values[0] - values[1]) / (2 * eps), rel=1e-5)
+    assert slope == pytest.approx((values[1] - values[2]) / 2e-7, rel=1e-5)
 
 
-def test_a_step_moves_only_its_own(search):
-    s, data = search
+# -------- Faster AutoAugment --------------------------------------------------------------------------------
+
+def test_a_step_moves_only_its_own():
+    data = few_images()
+    s, (first, second) = baseline.PolicySearch(small(), data, CPU), halves(data)
     copy = lambda module: [p.detach().clone() for p in module.parameters()]
     changed = lambda module, old: [not torch.equal(p, q) for p, q in zip(module.parameters(), old)]
     net, policy = copy(s.net), copy(s.policy)
-    baseline.critic_step(s, *batch(data, 0, 8), batch(data, 8, 8)[0], settings())
+    baseline.critic_step(s, *first, second[0], small())
     assert not any(changed(s.policy, policy))
-    assert sum(changed(s.net, net)) >= len(net) - 1  # all but the critic's last bias
+    assert sum(changed(s.net, net)) >= len(net) - 1  # the critic's last bias has no gradient
     net = copy(s.net)
-    baseline.policy_step(s, *batch(data, 8, 8), settings())
+    baseline.policy_step(s, *second, small())
     assert all(changed(s.policy, policy)) and not any(changed(s.net, net))
-    assert all(0 <= float(v.min()) and float(v.max()) <= 1 for v in (s.policy.p, s.policy.mu))
+    assert all(0 <= v.min() and v.max() <= 1 for v in (s.policy.p, s.policy.mu))
 
 
-def test_steps_follow_the_written_out_losses(search):
-    s, data = search
-    (real, labels), (other, other_labels) = batch(data, 0, 8), batch(data, 8, 8)
-    args = settings(class_weight=0.3, critic_weight=0.7, penalty=5.0, faa_lr=0.0, policy_lr=0.0)
-    s = baseline.PolicySearch(args, data, torch.device("cpu"))
+def test_steps_follow_the_written_out_losses():
+    data, args = few_images(), small("--class-weight", 0.3, "--critic-weight", 0.7, "--penalty", 5)
+    args.faa_lr = args.policy_lr = 0.0  # so that the parameters stay where the gradients were
+    s, ((real, labels), (other, others)) = baseline.PolicySearch(args, data, CPU), halves(data)
     for group in (*s.net_optimizer.param_groups, *s.policy_optimizer.param_groups):
-        assert group["lr"] == 0 and group["betas"] == (0.0, 0.999)
+        assert group["betas"] == (0.0, 0.999)
+    normal = lambda x: (x - s.mean.view(1, 3, 1, 1)) / s.std.view(1, 3, 1, 1)
 
     torch.manual_seed(7)
-    measured = baseline.critic_step(s, real, labels, other, args)
+    measured = baseline.critic_step(s, real, labels, other, args).tolist()
     mine = [p.grad.clone() for p in s.net.parameters()]
     torch.manual_seed(7)
-    normal = lambda x: (x - s.mean.view(1, 3, 1, 1)) / s.std.view(1, 3, 1, 1)
     with torch.no_grad():
         augmented = normal(s.policy(other))
     logits, value = s.net(normal(real))
-    fake = s.net(augmented)[1]
-    t = torch.rand(8).view(-1, 1, 1, 1)
+    fake, t = s.net(augmented)[1], torch.rand(8).view(-1, 1, 1, 1)
     x = (t * normal(real) + (1 - t) * augmented).requires_grad_(True)
-    slope = torch.autograd.grad(s.net(x)[1].sum(), x, create_graph=True)[0].square().sum((1, 2, 3)).sqrt()
-    wasserstein = fake.mean() - value.mean() + 5.0 * ((slope - 1) ** 2).mean()
-    loss = 0.7 * wasserstein + 0.3 * F.cross_entropy(logits, labels)
+    (slope,) = torch.autograd.grad(s.net(x)[1].sum(), x, create_graph=True)
+    penalty = ((slope.square().sum((1, 2, 3)).sqrt() - 1) ** 2).mean()
+    class_loss = F.cross_entropy(logits, labels)
+    loss = 0.7 * (fake.mean() - value.mean() + 5.0 * penalty) + 0.3 * class_loss
     expected = torch.autograd.grad(loss, list(s.net.parameters()), allow_unused=True)
     for p, q in zip(mine, expected):
         assert torch.allclose(p, torch.zeros_like(p) if q is None else q, atol=1e-5, rtol=1e-4)
-    assert float(measured[0]) == pytest.approx(float(value.mean() - fake.mean()), abs=1e-5)
+    accuracy = 100 * (logits.argmax(1) == labels).float().mean()
+    wanted = [value.mean() - fake.mean(), penalty, class_loss, accuracy]
+    assert measured == pytest.approx([v.item() for v in wanted], abs=1e-5, rel=1e-4)
 
     torch.manual_seed(8)
-    baseline.policy_step(s, other, other_labels, args)
+    measured = baseline.policy_step(s, other, others, args).tolist()
     mine = [p.grad.clone() for p in s.policy.parameters()]
     torch.manual_seed(8)
     logits, value = s.net(normal(s.policy(other)))
-    loss = -0.7 * value.mean() + 0.3 * F.cross_entropy(logits, other_labels)
+    class_loss = F.cross_entropy(logits, others)
+    loss = -0.7 * value.mean() + 0.3 * class_loss
     for p, q in zip(mine, torch.autograd.grad(loss, list(s.policy.parameters()))):
         assert torch.allclose(p, q, atol=1e-6, rtol=1e-4)
+    wanted = [-value.mean(), class_loss, 100 * (logits.argmax(1) == others).float().mean()]
+    assert measured == pytest.approx([v.item() for v in wanted], abs=1e-5, rel=1e-4)
 
 
 def test_search_goes_on_bit_for_bit(tmp_path):
-    data = common.load_data("shapes", limit_train=40, limit_test=10)
-    policies = {}
-    for name, epochs in (("whole", (3,)), ("cut", (1, 2, 3))):
-        for count in epochs:
-            few = {"faa_images": 32, "faa_batch_size": 16, "faa_epochs": count, "out": str(tmp_path / name)}
-            args = settings(**few)
-            run = baseline.open_run(args, torch.device("cpu"))
-            policies[name] = baseline.search_policy(args, data, run).table()
-            run.log.close()  # as the end of a process would
-    assert policies["whole"] == policies["cut"]
-    lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "cut")]
-    assert lines[0] == lines[1] and len(lines[0].splitlines()) == 3
-    last = json.loads(lines[0].splitlines()[-1])
+    data, tables = few_images(), {}
+    for name, stops in (("whole", [3]), ("cut", [1, 2, 3])):
+        for epochs in stops:
+            flags = "--faa-images 32 --faa-batch-size 16 --sub-policies 2 --faa-epochs".split()
+            args = small(*flags, epochs, "--out", tmp_path / name)
+            run = baseline.open_run(args, CPU)
+            tables[name] = baseline.search_policy(args, data, run).table()
+            run.log.close()
+    assert tables["whole"] == tables["cut"]
+    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in tables]
+    assert logs[0] == logs[1] and logs[0].count("\n") == 3
+    last = json.loads(logs[0].splitlines()[-1])
     assert sum(last["selection"].values()) == pytest.approx(1, abs=1e-4)
-    assert last.keys() >= set(baseline.MEASURED)
+    assert {"distance", "penalty", "class_loss", "accuracy", "policy_critic_loss"} <= last.keys()
 
 
-def test_policies_are_interchangeable(tmp_path):
-    torch.manual_seed(3)
-    policy = baseline.Policy(4, 2)
-    baseline.save(tmp_path / "policy.json", policy.table())
-    again = joint.load_policy(tmp_path / "policy.json")
-    for a, b in zip(policy.parameters(), again.parameters()):
-        assert torch.allclose(a, b, atol=1e-6)
-    assert list(baseline.AUGMENTATIONS) == list(joint.AUGMENTATIONS)
+# -------- The stages ----------------------------------------------------------------------------------------
+
+GIVEN = "--channels 6 --layers 3 --batch-size 4 --lr 0.03 --train-epochs 7 --search-epochs 2".split()
+OWN = "--seed 5 --limit-train 30 --limit-test 20 --image-size 30 --workers 2 --data-dir elsewhere".split()
 
 
 @pytest.mark.parametrize("method", ["faa-darts", "darts", "dha"])
-def test_stages_get_the_flags_that_were_given_and_know_them(method, tmp_path):
+@pytest.mark.parametrize("checking", [False, True])
+def test_stages_get_the_flags_that_they_are_handed(method, checking, tmp_path):
+    flags = ["--method", method, "--preset", "quick", "--gpu", "-1", "--amp", "--out", str(tmp_path)]
+    args = baseline.parse_args([*flags, *OWN, *GIVEN])
+    assert args.rest == GIVEN
     (tmp_path / "search").mkdir()
-    common.save_genotype(common.GENOTYPES["DARTS_V2"], tmp_path / "search" / "genotype.json")
-    own = "--limit-train 50 --seed 3 --image-size 16".split()
-    theirs = "--channels 6 --lr 0.07 --train-epochs 2 --auxiliary-weight 0".split()
-    args = settings("--method", method, *own, *theirs, out=str(tmp_path))
-    found = baseline.stages(args)
-    assert list(found) == {"dha": ["search", "train"]}.get(method, ["darts"])
-    for name, command in found.items():
-        program = dha if method == "dha" else joint
-        assert Path(command[1]).name == Path(program.__file__).name
-        theirs = program.parse_args(command[2:])
-        assert (theirs.limit_train, theirs.seed, theirs.image_size, theirs.channels) == (50, 3, 16, 6)
-        assert (theirs.lr, theirs.preset, theirs.dataset, theirs.gpu) == (0.07, "quick", "shapes", -1)
-        assert theirs.resume and theirs.out == str(tmp_path / name)
-        assert theirs.train_epochs == (0 if name == "search" else 2)
-        if name == "search":
-            assert theirs.no_da and theirs.no_hpo and not theirs.genotype
-        if name == "train":
-            assert not theirs.no_da and not theirs.no_hpo
-            assert common.parse_genotype(theirs.genotype) == common.GENOTYPES["DARTS_V2"]
-        if name == "darts":
-            policy = {"darts": "none", "faa-darts": str(tmp_path / "policy.json")}[method]
-            assert theirs.policy == policy and not theirs.genotype
-    for command in baseline.stages(args, checking=True).values():  # without any file, and nothing is written
-        assert program.parse_args(command[2:]).check
+    common.save_genotype(common.GENOTYPES["PDARTS"], tmp_path / "search" / "genotype.json")
+    commands = baseline.stages(args, checking)
+    assert list(commands) == (["search", "train"] if method == "dha" else ["darts"])
+    for name, (python, script, *rest) in commands.items():
+        assert python == sys.executable and Path(script).parent == Path(baseline.__file__).parent
+        stage = SCRIPTS[Path(script).name].parse_args(rest)
+        for flag in "preset dataset gpu amp seed limit_train limit_test image_size workers data_dir".split():
+            assert getattr(stage, flag) == getattr(args, flag), flag
+        assert (stage.channels, stage.layers, stage.batch_size, stage.lr) == (6, 3, 4, 0.03)
+        assert stage.search_epochs == 2 and stage.out == str(tmp_path / name)
+        assert (stage.check, stage.resume) == (checking, not checking)
+        if method == "dha":
+            assert (stage.no_da, stage.no_hpo) == (name == "search",) * 2
+            given = str(common.GENOTYPES["PDARTS"]) if name == "train" and not checking else None
+            assert stage.genotype == given and stage.train_epochs == (0 if name == "search" else 7)
+        else:
+            policy = "none" if checking or method == "darts" else str(tmp_path / "policy.json")
+            assert stage.policy == policy and stage.genotype is None and stage.train_epochs == 7
+    args.processes = 3
+    for name, command in baseline.stages(args, checking).items():
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+        assert command == [sys.executable, *launcher, *commands[name][1:]]
 
 
-def test_processes_put_stages_under_torchrun(tmp_path):
-    command = baseline.stages(settings("--processes", "3", out=str(tmp_path)))["darts"]
-    assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+# -------- --compare -----------------------------------------------------------------------------------------
+
+def fake_run(folder: Path, script: str, command: str, accuracy: float, method: str = "DHA", **changes) -> str:
+    args = vars(SCRIPTS[script].parse_args(command.split()))
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"script": script, "args": args}))
+    result = {"test_accuracy": accuracy, "params": 3_300_000, "seconds": 7200.0, "search_seconds": 1800.0}
+    result |= {"dataset": args["dataset"], "seed": args["seed"], "method": method}
+    (folder / "result.json").write_text(json.dumps(result | changes))
+    return str(folder)
+
+
+def rows_of(table: str) -> list[list[str]]:
+    head, line, *rows = table.splitlines()
+    assert head.count("|") == line.count("|") == 9 and set(line) == set("| -")
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_compare_prints_mean_and_std(tmp_path):
+    for seed, accuracy in enumerate((97.0, 97.3, 97.9)):
+        command = f"--method faa-darts --seed {seed}"
+        fake_run(tmp_path / "b" / f"seed{seed}", "baseline_sequential.py", command, accuracy, "Sequential")
+    flags = "--policy none --dataset cifar100"
+    runs = [tmp_path / "b", fake_run(tmp_path / "d", "joint_darts_faa.py", flags, 80.0, "DARTS")]
+    std = math.sqrt(sum((a - 97.4) ** 2 for a in (97.0, 97.3, 97.9)) / 2)
+    assert rows_of(baseline.compare(list(map(str, runs)))) == [
+        ["Sequential", "cifar10", "3", f"97.40 ± {std:.2f}", "3.3 M", "0.50", "2.00", ""],
+        ["DARTS", "cifar100", "1", "80.00", "3.3 M", "0.50", "2.00", ""],
+    ]
+
+
+def test_compare_keeps_different_settings_apart_and_names_them(tmp_path):
+    runs = [
+        fake_run(tmp_path / "a", "dha.py", "--seed 1", 90.0),
+        fake_run(tmp_path / "b", "dha.py", "--seed 2 --gpu 0 --workers 2 --data-dir elsewhere", 92.0),
+        fake_run(tmp_path / "c", "dha.py", "--seed 3 --channels 18 --lr 0.05", 80.0),
+        fake_run(tmp_path / "d", "dha.py", "--dataset folder --data-dir cats", 70.0),
+        fake_run(tmp_path / "e", "dha.py", "--dataset folder --data-dir dogs --seed 1", 50.0),
+    ]
+    rows = {(row[1], row[2], row[3]): row[7] for row in rows_of(baseline.compare(runs))}
+    assert rows == {
+        ("cifar10", "2", "91.00 ± 1.41"): "channels 36, lr 0.025",
+        ("cifar10", "1", "80.00"): "channels 18, lr 0.05",
+        ("folder", "1", "70.00"): "data_dir cats",
+        ("folder", "1", "50.00"): "data_dir dogs",
+    }
+
+
+def test_compare_counts_a_run_once_and_passes_over_the_unfinished(tmp_path, capsys, monkeypatch):
+    run = fake_run(tmp_path / "a", "dha.py", "--seed 1", 90.0)
+    fake_run(tmp_path / "b", "dha.py", "--seed 1", 80.0)
+    (Path(fake_run(tmp_path / "c", "dha.py", "--seed 3", 10.0)) / "result.json").unlink()
+    search = Path(fake_run(tmp_path / "s", "dha.py", "--train-epochs 0", 0.0))
+    result = json.loads((search / "result.json").read_text())
+    del result["test_accuracy"]
+    (search / "result.json").write_text(json.dumps(result))
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    several = [run, run, "a", str(tmp_path / "b" / ".." / "a"), "c", "empty", "s"]
+    assert [row[2:4] for row in rows_of(baseline.compare(several))] == [["1", "90.00"]]
+    assert "s was a search only" in capsys.readouterr().out
+    assert [row[2:4] for row in rows_of(baseline.compare(["."]))] == [["2", "85.00 ± 7.07"]]
+
+
+DAMAGE = {
+    "no folder": lambda run: shutil.rmtree(run),
+    "a file": lambda run: (shutil.rmtree(run), run.write_text("a file")),
+    "no result": lambda run: (run / "result.json").unlink(),
+    "cut off": lambda run: (run / "result.json").write_text("{"),
+    "a list": lambda run: (run / "result.json").write_text("[]"),
+    "a word": lambda run: (run / "result.json").write_text('{"test_accuracy": "high"}'),
+    "not a number": lambda run: (run / "result.json").write_text(
+        (run / "result.json").read_text().replace("7200.0", '"long"')),
+    "no args": lambda run: (run / "config.json").write_text("{}"),
+    "list of args": lambda run: (run / "config.json").write_text('{"args": []}'),
+    "config a list": lambda run: (run / "config.json").write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_compare_says_what_is_wrong(tmp_path, kind):
+    run = fake_run(tmp_path / "a", "dha.py", "--seed 1", 90.0)
+    DAMAGE[kind](Path(run))
+    with pytest.raises(common.InputError) as error:
+        baseline.compare([run])
+    assert "\n" not in str(error.value)
+
+
+def test_repeats_end_with_a_table(tmp_path, monkeypatch, capsys):
+    def run(args, device):
+        command = f"--method darts --preset quick --seed {args.seed}"
+        fake_run(Path(args.out), "baseline_sequential.py", command, {4: 90.0, 5: 92.0}[args.seed], "DARTS")
+        return json.loads((Path(args.out) / "result.json").read_text())
+
+    monkeypatch.setattr(baseline, "run_baseline", run)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    flags = ["--method", "darts", "--preset", "quick", "--seed", "4", "--repeats", "2", "--gpu", "-1"]
+    assert baseline.main([*flags, "--out", str(tmp_path / "r")]) == 0
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert "| DARTS | shapes | 2 | 91.00 ± 1.41 |" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "r").iterdir()} == {"seed4", "seed5"}
+
+
+# -------- What the scripts share ----------------------------------------------------------------------------
+
+def test_policies_are_interchangeable(tmp_path):
+    policy = baseline.Policy(4, 3)
+    baseline.save(tmp_path / "policy.json", policy.table())
+    again = joint.load_policy(tmp_path / "policy.json")
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), again.parameters(), strict=True))
+    assert list(baseline.AUGMENTATIONS) == list(joint.AUGMENTATIONS)
+
+
+def actions(script, monkeypatch):
+    """The flags of a script: name -> argparse's action; and the names that Parser itself gives."""
+    found, real = [], script.Parser.settings
+    monkeypatch.setattr(script.Parser, "settings", lambda self, *a: found.append(self) or real(self, *a))
+    script.parse_args(["--method", "darts"] if script is baseline else [])
+    named = lambda parser: {action.dest: action for action in parser._actions if action.option_strings}
+    return named(found[0]), set(named(script.Parser("")))
+
+
+def test_a_flag_is_the_same_in_every_script_that_has_it(monkeypatch):
+    of, shared = zip(*(actions(script, monkeypatch) for script in SCRIPTS.values()))
+    assert shared[0] == shared[1] == shared[2] and len(shared[0]) == 16
+    names = [name for name in set().union(*of) if sum(name in flags for flags in of) > 1]
+    assert len(names) > 30
+    for name in names:
+        first, *others = [flags[name] for flags in of if name in flags]
+        for other in others:
+            for what in ("option_strings", "type", "nargs", "const", "choices", "metavar"):
+                assert getattr(first, what) == getattr(other, what), (name, what)
+            if name in shared[0]:
+                assert first.default == other.default, name
+            if name not in ("search_epochs", "train_epochs", "arch_lr"):  # each method's own
+                assert first.help == other.help, name
+    for flags in of:
+        assert all(action.help for action in flags.values())
+
+
+LIBRARIES = "import torch, math, torch.nn as nn, torch.nn.functional as F; from torch import Tensor"
+PASTED = {  # what is taken, its own imports, and a use in a few lines
+    "ista": (dha, "soft_threshold momentum polish ista", "", """
+A, b = torch.rand(3, 7, 14), torch.randn(3, 7)
+alpha = ista(A, b, 1e-3)
+slope = ((b - (A @ alpha.unsqueeze(2)).squeeze(2)).unsqueeze(1) @ A).squeeze(1)
+assert alpha.shape == (3, 14) and (alpha == 0).any() and slope.abs().max() < 1.01e-3
+"""),
+    "an augmentation": (joint, "warp rotate", "", """
+images = torch.rand(2, 3, 8, 8)
+assert torch.allclose(rotate(images, torch.zeros(2)), images, atol=1e-5)
+assert not torch.allclose(rotate(images, torch.ones(2)), images, atol=1e-1)
+"""),
+    "hypergradient": (dha, "hypergradient", "", """
+theta, v = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.5])
+d_lr, d_wd = hypergradient([2 * theta], [v], [theta], 0.1)  # of the loss |theta|^2
+assert d_lr == -3.0 and abs(float(d_wd) + 0.1 * (10 + 0.1 * 3)) < 1e-6
+"""),
+    "the policy": (joint, "Policy relaxed_bernoulli augment apply_each", "AUGMENTATIONS", """
+policy, images = Policy(2, 1), torch.rand(4, 3, 8, 8)
+policy(images).sum().backward()
+assert policy.z.grad.abs().sum() > 0 and augment(images, policy).shape == images.shape
+"""),
+    "the mixed operation": (joint, "Outgoing MixedOp", "common", """
+x, alpha = torch.rand(2, 4, 8, 8), torch.zeros(8, requires_grad=True)
+node = MixedOp(4, 1)(Outgoing(4, 1)(x), alpha.softmax(0), torch.zeros(()))
+node.square().sum().backward()
+assert node.shape == x.shape and alpha.grad.abs().min() > 0
+"""),
+}
+
+
+@pytest.mark.parametrize("name", PASTED)
+def test_a_part_can_be_taken_out(name):
+    """Into a module of its own, with nothing but PyTorch (MixedOp: and common.py)."""
+    script, parts, more, use = PASTED[name]
+    module, text = ModuleType("pasted"), [LIBRARIES]
+    if more == "common":
+        text.append("import common; from common import PRIMITIVES")
+    if more == "AUGMENTATIONS":
+        helpers = "per_image straight_through warp limit blend gray".split()
+        helpers += [operation.__name__ for operation in joint.AUGMENTATIONS.values()]
+        text += [inspect.getsource(getattr(joint, helper)) for helper in helpers]
+        lines = inspect.getsource(joint).split("AUGMENTATIONS = dict(")[1].split("def apply_each")[0]
+        text.append("AUGMENTATIONS = dict(" + lines)
+    text += [inspect.getsource(getattr(script, part)) for part in parts.split()]
+    exec("\n".join(text) + use, vars(module))
