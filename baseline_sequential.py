@@ -57,7 +57,6 @@ from tqdm import tqdm
 import common
 from common import Data, Genotype, InputError
 
-
 # -------- Augmentations: batched, differentiable, one magnitude an image ------------------------------------
 #
 # images (B, 3, H, W) float in [0, 1]; magnitude (B,) in [0, 1], in [-1, 1] for those in SIGNED. Where an
@@ -87,11 +86,11 @@ def warp(images: Tensor, row_x: tuple, row_y: tuple) -> Tensor:
         return out.clamp_(0, 1)
 
 def shear_x(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Shear by up to 0.3 pixels a row; the top row stays."""
+    """Shear by up to 0.3 pixels a row; the top edge stays."""
     return warp(images, (1.0, 0.3 * magnitude, 0.0), (0.0, 1.0, 0.0))
 
 def shear_y(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Shear by up to 0.3 pixels a column; the left column stays."""
+    """Shear by up to 0.3 pixels a column; the left edge stays."""
     return warp(images, (1.0, 0.0, 0.0), (0.3 * magnitude, 1.0, 0.0))
 
 def translate_x(images: Tensor, magnitude: Tensor) -> Tensor:
@@ -212,7 +211,6 @@ class Policy(nn.Module):
     z, p, mu: (L, K, 16) each, so 3 * 16 * K * L parameters: for every sub-policy, stage and operation the
     logit of its selection, the probability that it is applied, and its magnitude in [0, 1]. Every image draws
     one sub-policy. eta: temperature of the selection."""
-
     def __init__(self, sub_policies: int = 10, stages: int = 2, eta: float = 0.05):
         super().__init__()
         shape = (sub_policies, stages, len(AUGMENTATIONS))
@@ -255,7 +253,6 @@ class Policy(nn.Module):
 
 class WideBlock(nn.Module):
     """Batch norm, ReLU and a 3x3 convolution, twice; and around them the identity, or a 1x1 convolution."""
-
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__()
         self.bn1, self.bn2 = nn.BatchNorm2d(c_in), nn.BatchNorm2d(c_out)
@@ -272,7 +269,6 @@ class WideResNet(nn.Module):
     """WRN-depth-width with a classifier and a critic on the same features.
     Input: normalised images (B, 3, H, W). Output: logits (B, num_classes) and the critic's value (B,), high
     for real images. WRN-40-2 with 10 classes has 2,243,546 parameters, and the critic's head 16,641 more."""
-
     def __init__(self, num_classes: int, depth: int = 40, width: int = 2):
         super().__init__()
         c_in, layers = 16, [nn.Conv2d(3, 16, 3, padding=1, bias=False)]
@@ -306,7 +302,6 @@ def gradient_penalty(critic: Callable, real: Tensor, augmented: Tensor, share: T
 
 class PolicySearch:
     """What Faster AutoAugment learns: a network with two heads, and the policy; and their optimizers."""
-
     def __init__(self, args: argparse.Namespace, data: Data, device: torch.device):
         self.net = WideResNet(len(data.classes), args.depth, args.width)
         self.net.to(device, memory_format=torch.channels_last)
@@ -537,7 +532,8 @@ def settings_of_run(args: argparse.Namespace, argv: list[str], seed: int) -> arg
         about = read_json(out / "config.json", "args", "script", "processes", *now)
         if (about["script"], about["processes"], len(about["args"])) != (script.name, WORLD, len(now)):
             raise InputError(f"{out} is a run of another script, version or number of processes")
-        now = vars(parse_args(argv, about["args"])) | {"seed": seed, "out": str(out)}
+        own = {"out": str(out)} if args.repeats == 1 else {"out": str(out), "seed": seed}
+        now = vars(parse_args(argv, about["args"])) | own
         for name in sorted(now.keys() - free):
             if now[name] != about[name]:
                 raise InputError(f"{out} was started with {name} = {about[name]}: leave that flag out")
@@ -654,7 +650,7 @@ def compare(folders: list[str]) -> str:
     return "\n".join(lines)
 
 def draw_run(out: Path, history: list[dict], genotype: Genotype | None, panels: dict[str, list[str]]):
-    """Draw the cells, and curves of what metrics.jsonl has (panels: title -> names). Returns pyplot."""
+    """Draw the cells, and curves from metrics.jsonl (panels: title -> names). Returns pyplot or None."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
@@ -683,7 +679,6 @@ LEAST = dict(  # the least value of flags, where it is not 1 for whole numbers a
 
 class Parser(argparse.ArgumentParser):
     """argparse with the flags that every script has, presets, and mistakes reported in one line."""
-
     def __init__(self, doc: str):
         layout = lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=34, width=110)
         super().__init__(description=doc.split("\n\n")[0], formatter_class=layout, allow_abbrev=False)

@@ -44,7 +44,6 @@ from tqdm import tqdm
 import common
 from common import PRIMITIVES, Data, FactorizedReduce, Genotype, InputError
 
-
 # -------- Augmentations: batched, differentiable, one magnitude an image ------------------------------------
 #
 # images (B, 3, H, W) float in [0, 1]; magnitude (B,) in [0, 1], in [-1, 1] for those in SIGNED. Where an
@@ -74,11 +73,11 @@ def warp(images: Tensor, row_x: tuple, row_y: tuple) -> Tensor:
         return out.clamp_(0, 1)
 
 def shear_x(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Shear by up to 0.3 pixels a row; the top row stays."""
+    """Shear by up to 0.3 pixels a row; the top edge stays."""
     return warp(images, (1.0, 0.3 * magnitude, 0.0), (0.0, 1.0, 0.0))
 
 def shear_y(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Shear by up to 0.3 pixels a column; the left column stays."""
+    """Shear by up to 0.3 pixels a column; the left edge stays."""
     return warp(images, (1.0, 0.0, 0.0), (0.3 * magnitude, 1.0, 0.0))
 
 def translate_x(images: Tensor, magnitude: Tensor) -> Tensor:
@@ -191,7 +190,8 @@ def apply_each(images: Tensor, choice: Tensor, magnitude: Tensor) -> Tensor:
 
 def sample_pairs(tau: Tensor, count: int) -> Tensor:
     """Draw pairs from p(tau) = softmax over all 196: (count,) with values 14 * first + second."""
-    return torch.multinomial(tau.detach().flatten().softmax(0), count, replacement=True)
+    noise = torch.empty(count, tau.numel(), device=tau.device).exponential_().log()  # minus a Gumbel variable
+    return (tau.detach().flatten() - noise).argmax(1)
 
 @torch.no_grad()
 def apply_pairs(images: Tensor, pairs: Tensor) -> Tensor:
@@ -202,8 +202,8 @@ def apply_pairs(images: Tensor, pairs: Tensor) -> Tensor:
 
 def policy_loss(tau: Tensor, pairs: Tensor, losses: Tensor) -> Tensor:
     """L^DA (Eq. 2): minus the sum over the batch of p_k(tau) L_k. The gradient goes to tau alone.
-    tau (14, 14), pairs (B,) as drawn, losses (B,) of the same images. Its descent raises the probability of
-    pairs whose summed loss exceeds what their probability makes one expect."""
+    tau (14, 14), pairs (B,) as drawn, losses (B,) of the same images. Its descent raises pairs whose summed
+    loss exceeds the mean of these sums under p(tau): a pair drawn more often sums more, and gains."""
     p = tau.flatten().softmax(0)
     return -(p.gather(0, pairs) * losses.detach()).sum()  # Eq. (2)
 
@@ -276,7 +276,6 @@ def select_support(alpha: Tensor) -> list[list[tuple[str, int]]]:
 class SparseCell(nn.Module):
     """A DARTS cell with all candidate operations, of which a forward pass touches two a node.
     Each ends in a batch norm. Until a node is frozen, its norms have no affine part: that stays 1 and 0."""
-
     def __init__(self, c_before: int, c_in: int, channels: int, reduction: bool, halved: bool):
         super().__init__()
         build = FactorizedReduce if halved else common.relu_conv_bn
@@ -313,7 +312,6 @@ class SparseSupernet(nn.Module):
     Input: normalised images (B, 3, H, W). Output: logits (B, num_classes); with `auxiliary`, in training, the
     pair (logits, auxiliary logits). Node k of 0..7 (normal 0..3, reduce 0..3) has b[k] (7,), A[k] (7, 35;
     zeros pad the smaller nodes), alpha[k] (35,), entry 7 * state + operation, and support[k]."""
-
     def __init__(self, channels: int, num_classes: int, layers: int, auxiliary=False, b_scale: float = 1e-3):
         super().__init__()
         self.drop_path_prob, self.auxiliary_at, C = 0.0, 2 * layers // 3, channels
@@ -424,7 +422,7 @@ LR_RANGE, WD_RANGE = (1e-4, 0.1), (0.0, 1e-2)  # where Eq. (3) may move them; th
 def hypergradient(grads: list, velocities: list, params: list, lr: Tensor | float) -> tuple[Tensor, Tensor]:
     """The gradient of Eq. (3), (dL/dlr, dL/dwd), for theta+ = theta - lr v with v = mu v0 + g + wd theta.
     grads: dL/dtheta at theta+ (before clipping); velocities: that update's v; params: theta+; lr: its rate.
-    theta and v0 count as constant (section 2.2). No second pass: the next batch needs it anyway."""
+    theta and v0 count as constant (section 2.2). No second pass: the next batch computes g anyway."""
     g, v, theta = (torch.cat([t.flatten() for t in tensors]) for tensors in (grads, velocities, params))
     along = g @ v
     d_lr = -along  # dtheta+/dlr = -v
@@ -442,6 +440,8 @@ def sgd_step(params: list, grads: list, velocities: list, lr: Tensor, wd: Tensor
 
 # -------- One step of everything (Fig. 1) -------------------------------------------------------------------
 
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
+
 @torch.no_grad()
 def average_gradients(params: list[Tensor]) -> None:
     """Under torchrun: every gradient becomes its mean over the processes, in place."""
@@ -454,7 +454,6 @@ def average_gradients(params: list[Tensor]) -> None:
 
 class DHA:
     """What a run learns: theta and b (in net), tau, eta = (lr, wd); and what their optimizers remember."""
-
     def __init__(self, args: argparse.Namespace, data: Data, device: torch.device):
         auxiliary, count = args.auxiliary_weight > 0, len(AUGMENTATIONS)
         self.net = SparseSupernet(args.channels, len(data.classes), args.layers, auxiliary, args.b_scale)
@@ -526,7 +525,6 @@ def train_step(s: DHA, images: Tensor, labels: Tensor, args: argparse.Namespace)
 
 # -------- The loop: search and training are one -------------------------------------------------------------
 
-RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
 progress = partial(tqdm, leave=False, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 30)
 
 def epoch_means(meters: Tensor, learned: list[Tensor], epoch: int, flags: str) -> list[float]:
@@ -622,10 +620,10 @@ def search_and_train(s: DHA, args: argparse.Namespace, data: Data, run: argparse
         record = {"epoch": epoch + 1, "phase": phase, "loss": loss, "train_accuracy": accuracy}
         record |= {"test_accuracy": test, "lr": float(s.lr), "wd": float(s.wd), "frozen": sum(s.net.frozen)}
         record["entropy"] = float(torch.special.entr(s.tau.detach().flatten().softmax(0)).sum())  # nats
-        record["skip_connects"] = str(s.net.genotype().normal).count("skip_connect")
-        record["support"] = s.net.support  # that was trained; what follows changes it
+        skips = str(s.net.genotype().normal).count("skip_connect")
+        record |= {"support": s.net.support, "skip_connects": skips}  # as trained; what follows changes it
         if phase == "search":
-            if record["skip_connects"] > 4:
+            if skips > 4:
                 print("warning: most operations of the normal cell are skip-connections")
             still = list(range(2 * NODES))  # at the end: fixed as it was trained, no last recovery [A]
             if epoch + 1 < args.search_epochs:
@@ -720,7 +718,8 @@ def settings_of_run(args: argparse.Namespace, argv: list[str], seed: int) -> arg
         about = read_json(out / "config.json", "args", "script", "processes", *now)
         if (about["script"], about["processes"], len(about["args"])) != (script.name, WORLD, len(now)):
             raise InputError(f"{out} is a run of another script, version or number of processes")
-        now = vars(parse_args(argv, about["args"])) | {"seed": seed, "out": str(out)}
+        own = {"out": str(out)} if args.repeats == 1 else {"out": str(out), "seed": seed}
+        now = vars(parse_args(argv, about["args"])) | own
         for name in sorted(now.keys() - free):
             if now[name] != about[name]:
                 raise InputError(f"{out} was started with {name} = {about[name]}: leave that flag out")
@@ -817,7 +816,7 @@ def evaluate_run(argv: list[str], folder: Path, net: nn.Module, info: dict, devi
     return 0
 
 def draw_run(out: Path, history: list[dict], genotype: Genotype | None, panels: dict[str, list[str]]):
-    """Draw the cells, and curves of what metrics.jsonl has (panels: title -> names). Returns pyplot."""
+    """Draw the cells, and curves from metrics.jsonl (panels: title -> names). Returns pyplot or None."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
@@ -865,6 +864,7 @@ def draw_dha(out: Path, history: list[dict], genotype: Genotype, p: Tensor | Non
         axis.set_yticks(range(1, 17, 2), [f"{cell} {j}" for cell in ("normal", "reduce") for j in range(4)])
         axis.set(xlabel="epoch", ylim=(16, 0), title="Support of every node (number: the state that is read)")
         figure.savefig(out / "support.png", dpi=150)
+        plt.close("all")
 
 LEAST = dict(  # the least value of flags, where it is not 1 for whole numbers and 0 for others
     gpu=-1, seed=0, train_epochs=0, cutout=0, batch_size=2, search_batch_size=2, limit_train=2, image_size=8,
@@ -872,7 +872,6 @@ LEAST = dict(  # the least value of flags, where it is not 1 for whole numbers a
 
 class Parser(argparse.ArgumentParser):
     """argparse with the flags that every script has, presets, and mistakes reported in one line."""
-
     def __init__(self, doc: str):
         layout = lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=34, width=110)
         super().__init__(description=doc.split("\n\n")[0], formatter_class=layout, allow_abbrev=False)

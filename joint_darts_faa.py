@@ -47,7 +47,6 @@ from tqdm import tqdm
 import common
 from common import PRIMITIVES, Data, FactorizedReduce, Genotype, InputError, Network
 
-
 # -------- Augmentations: batched, differentiable, one magnitude an image ------------------------------------
 #
 # images (B, 3, H, W) float in [0, 1]; magnitude (B,) in [0, 1], in [-1, 1] for those in SIGNED. Where an
@@ -77,11 +76,11 @@ def warp(images: Tensor, row_x: tuple, row_y: tuple) -> Tensor:
         return out.clamp_(0, 1)
 
 def shear_x(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Shear by up to 0.3 pixels a row; the top row stays."""
+    """Shear by up to 0.3 pixels a row; the top edge stays."""
     return warp(images, (1.0, 0.3 * magnitude, 0.0), (0.0, 1.0, 0.0))
 
 def shear_y(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Shear by up to 0.3 pixels a column; the left column stays."""
+    """Shear by up to 0.3 pixels a column; the left edge stays."""
     return warp(images, (1.0, 0.0, 0.0), (0.3 * magnitude, 1.0, 0.0))
 
 def translate_x(images: Tensor, magnitude: Tensor) -> Tensor:
@@ -212,7 +211,6 @@ class Policy(nn.Module):
     z, p, mu: (L, K, 16) each, so 3 * 16 * K * L parameters: for every sub-policy, stage and operation the
     logit of its selection, the probability that it is applied, and its magnitude in [0, 1]. Every image draws
     one sub-policy. eta: temperature of the selection."""
-
     def __init__(self, sub_policies: int = 10, stages: int = 2, eta: float = 0.05):
         super().__init__()
         shape = (sub_policies, stages, len(AUGMENTATIONS))
@@ -256,7 +254,8 @@ def augment(images: Tensor, policy: Policy) -> Tensor:
     B, (L, K, _) = len(images), policy.z.shape
     which = torch.randint(L, (B,), device=images.device)
     for k in range(K):
-        choice = torch.multinomial(policy.selection()[which, k], 1).squeeze(1)  # Cat(softmax(z / eta)), (B,)
+        selection = policy.selection()[which, k]  # softmax(z / eta), (B, 16)
+        choice = (selection / torch.empty_like(selection).exponential_()).argmax(1)  # a draw from Cat
         p, mu = policy.p[which, k, choice], policy.mu[which, k, choice]
         sign = 1 - 2 * torch.randint(2, (B,), device=images.device)
         choice = torch.where(torch.rand(B, device=images.device) < p, choice, -1)  # Eq. (1)
@@ -271,7 +270,6 @@ NODES = 4  # intermediate nodes of a cell; node j reads the states 0..j+1: 14 ed
 class Outgoing(nn.Module):
     """What all edges that leave a state have in common: its two normalised pools and its ReLU.
     State (B, C, H, W) -> what each of PRIMITIVES[1:] reads, in that order."""
-
     def __init__(self, channels: int, stride: int):
         super().__init__()
         pools = [common.operation(name, channels, stride) for name in PRIMITIVES[1:3]]
@@ -284,7 +282,6 @@ class Outgoing(nn.Module):
 
 class MixedOp(nn.Module):
     """The mixed operation of Eq. (5) on one edge, fed by `Outgoing`; it adds nothing for "none"."""
-
     def __init__(self, channels: int, stride: int):
         super().__init__()
         build = lambda name: common.operation(name, channels, stride, affine=False)
@@ -293,13 +290,12 @@ class MixedOp(nn.Module):
 
     def forward(self, inputs: list[Tensor], weights: Tensor, node: Tensor) -> Tensor:
         """node + sum_f weights_f f(x), (B, C, H, W); weights (8,): softmax of the edge's alpha."""
-        for weight, f, x in zip(weights[1:], self.ops, inputs):
+        for weight, f, x in zip(weights[1:], self.ops, inputs, strict=True):
             node = torch.addcmul(node, weight, f(x))  # Eq. (5)
         return node
 
 class DartsCell(nn.Module):
     """A cell whose 14 edges all carry the mixed operation. Inputs: the outputs of the two cells before."""
-
     def __init__(self, c_before: int, c_in: int, channels: int, reduction: bool, halved: bool):
         super().__init__()
         build = FactorizedReduce if halved else common.relu_conv_bn
@@ -326,7 +322,6 @@ class DartsSupernet(nn.Module):
     Input: normalised images (B, 3, H, W). Output: logits (B, num_classes). alphas_normal, alphas_reduce:
     (14, 8), a row an edge, node by node, a column one of PRIMITIVES, as in quark0/darts. 16 channels and 8
     layers have 1,930,618 weights."""
-
     def __init__(self, channels: int, num_classes: int, layers: int):
         super().__init__()
         C = channels
@@ -369,6 +364,8 @@ class DartsSupernet(nn.Module):
 
 # -------- The search step (Alg. 1) --------------------------------------------------------------------------
 
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
+
 @torch.no_grad()
 def average_gradients(params: list[Tensor]) -> None:
     """Under torchrun: every gradient becomes its mean over the processes, in place."""
@@ -382,7 +379,6 @@ def average_gradients(params: list[Tensor]) -> None:
 class JointSearch:
     """What the search learns: the network's weights w and alpha, the policy's z, p, mu; and their optimizers.
     With --genotype the network is that genotype's and there is no alpha; with --policy there is no policy."""
-
     def __init__(self, args: argparse.Namespace, data: Data, device: torch.device):
         C, L, classes = args.search_channels, args.search_layers, len(data.classes)
         self.genotype = common.parse_genotype(args.genotype) if args.genotype else None
@@ -424,10 +420,11 @@ def search_step(s: JointSearch, val: tuple, train: tuple, grad_clip: float, amp:
     loss_val.backward()  # line 6: of z, p, mu and alpha at once, with xi = 0 in Eq. (8)
     loss_val = loss_val.detach()  # at C=16 its graph would hold 0.5 GiB through the second half
     average_gradients(s.upper)
-    for name in s.parts.keys() & {"z, p, mu", "alpha"}:
-        s.parts[name].step()  # lines 7 and 8, Eq. (9)
     if s.policy:
+        s.parts["z, p, mu"].step()  # line 7, Eq. (9)
         s.policy.clamp()
+    if s.alphas:
+        s.parts["alpha"].step()  # line 8, Eq. (9)
 
     learn(s.weights, others=s.upper)
     loss_train, accuracy_train = s.loss(*train, amp)  # lines 10 to 12
@@ -440,7 +437,6 @@ def search_step(s: JointSearch, val: tuple, train: tuple, grad_clip: float, amp:
 
 # -------- The search, and the training of what it found -----------------------------------------------------
 
-RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
 progress = partial(tqdm, leave=False, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 30)
 
 def epoch_means(meters: Tensor, learned: list[Tensor], epoch: int, flags: str) -> list[float]:
@@ -603,7 +599,7 @@ def load_policy(path: str | Path) -> Policy:
         in_range = policy.eta > 0 and policy.z.isfinite().all() and 0 <= both.min() <= both.max() <= 1
         if content["operations"] != list(AUGMENTATIONS) or not in_range:
             raise ValueError("numbers out of range, or other operations")
-    except (OSError, ValueError, TypeError, LookupError, RuntimeError) as e:
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, OverflowError) as e:
         raise InputError(f"cannot use the policy in {path}: {type(e).__name__}: {e}".splitlines()[0]) from e
     return policy.requires_grad_(False)
 
@@ -678,7 +674,8 @@ def settings_of_run(args: argparse.Namespace, argv: list[str], seed: int) -> arg
         about = read_json(out / "config.json", "args", "script", "processes", *now)
         if (about["script"], about["processes"], len(about["args"])) != (script.name, WORLD, len(now)):
             raise InputError(f"{out} is a run of another script, version or number of processes")
-        now = vars(parse_args(argv, about["args"])) | {"seed": seed, "out": str(out)}
+        own = {"out": str(out)} if args.repeats == 1 else {"out": str(out), "seed": seed}
+        now = vars(parse_args(argv, about["args"])) | own
         for name in sorted(now.keys() - free):
             if now[name] != about[name]:
                 raise InputError(f"{out} was started with {name} = {about[name]}: leave that flag out")
@@ -789,7 +786,7 @@ def evaluate_run(argv: list[str], folder: Path, net: nn.Module, info: dict, devi
     return 0
 
 def draw_run(out: Path, history: list[dict], genotype: Genotype | None, panels: dict[str, list[str]]):
-    """Draw the cells, and curves of what metrics.jsonl has (panels: title -> names). Returns pyplot."""
+    """Draw the cells, and curves from metrics.jsonl (panels: title -> names). Returns pyplot or None."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
@@ -837,6 +834,7 @@ def draw_joint(out: Path, history: list[dict], genotype: Genotype, images: Tenso
         axes[1].set(xlabel="epoch", title="Edges of the derived cells, of 16, that are new in this epoch")
         axes[1].locator_params(axis="both", integer=True)
         figure.savefig(out / "selection.png", dpi=150)
+        plt.close("all")
 
 LEAST = dict(  # the least value of flags, where it is not 1 for whole numbers and 0 for others
     gpu=-1, seed=0, train_epochs=0, cutout=0, batch_size=2, search_batch_size=2, limit_train=2, image_size=8,
@@ -844,7 +842,6 @@ LEAST = dict(  # the least value of flags, where it is not 1 for whole numbers a
 
 class Parser(argparse.ArgumentParser):
     """argparse with the flags that every script has, presets, and mistakes reported in one line."""
-
     def __init__(self, doc: str):
         layout = lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=34, width=110)
         super().__init__(description=doc.split("\n\n")[0], formatter_class=layout, allow_abbrev=False)

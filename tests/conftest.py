@@ -67,8 +67,9 @@ class StagesInProcess:
     getoutput = staticmethod(subprocess.getoutput)
 
     def call(self, command: list[str]) -> int:
-        module = {"dha.py": dha, "joint_darts_faa.py": joint_darts_faa}[Path(command[1]).name]
-        return module.main(command[2:])
+        at = next(i for i, word in enumerate(command) if word.endswith(".py"))  # behind torchrun, perhaps
+        module = {"dha.py": dha, "joint_darts_faa.py": joint_darts_faa}[Path(command[at]).name]
+        return module.main(command[at + 1 :])
 
     def run(self, command: list[str], **kwargs) -> subprocess.CompletedProcess:
         with contextlib.redirect_stderr(io.StringIO()) as said:

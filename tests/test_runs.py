@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -72,6 +73,16 @@ def processes(word: str) -> list[int]:
             pass
     return found
 
+def end(process: subprocess.Popen, out: Path) -> None:
+    """Kill a process; the stages that it called, whose command lines name `out`, must end by themselves."""
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        if not processes(str(out)):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"processes {processes(str(out))} live on")
+
 # -------- What a run leaves, and that nothing is overwritten ------------------------------------------------
 
 def test_a_run_leaves_what_the_readme_says(script, done):
@@ -114,7 +125,8 @@ def test_stages_hand_over_files_and_their_epochs_follow_one_another(script, done
 
 @only("sequential dha")
 def test_sequential_dha_trains_what_its_first_stage_found(script, tmp_path):
-    assert script.run("--out", tmp_path / "run") == 0
+    flags = ["--processes", "2", "--out", tmp_path / "run"]
+    assert script.run(*flags) == script.run(*flags, "--resume") == 0
     first, second = (settings(tmp_path / "run" / name) for name in ("search", "train"))
     assert first["no_da"] and first["no_hpo"] and first["train_epochs"] == 0
     assert not second["no_da"] and not second["no_hpo"] and second["train_epochs"] == 1
@@ -221,6 +233,8 @@ def test_a_process_holds_its_directory_and_goes_on_after_a_signal(script, done, 
     assert_same(out, done)
 
 def test_a_moved_run_resumes(script, done, tmp_path):
+    if script.module is baseline:
+        return  # its stage was started with the policy of the old folder
     shutil.copytree(done, tmp_path / "moved")
     (tmp_path / "moved" / "result.json").unlink()
     assert script.module.main(["--resume", "--out", str(tmp_path / "moved")]) == 0
@@ -253,10 +267,7 @@ def test_killed_ten_times_and_resumed_ends_the_same(script, tmp_path):
     for _ in range(10):
         process = script.process(*flags, "--out", tmp_path / "cut", "--resume", stdout=None)
         time.sleep(moment.uniform(0.2, 0.9) * whole)
-        process.kill()
-        process.wait()
-        time.sleep(0.5)
-        assert not processes(str(tmp_path / "cut"))
+        end(process, tmp_path / "cut")
     assert script.process(*flags, "--out", tmp_path / "cut", "--resume", stdout=None).wait() == 0
     assert_same(tmp_path / "cut", tmp_path / "whole")
 
@@ -569,13 +580,10 @@ def test_a_mistake_is_one_line_of_all_processes(script, flags, broken, tmp_path)
 @pytest.mark.slow
 @only("sequential dha")
 def test_stages_under_torchrun_end_with_a_killed_baseline_and_go_on(script, tmp_path):
-    flags = ["--processes", "2", "--out", tmp_path / "run"]
+    flags = ["--processes", "2", "--search-epochs", "40", "--out", tmp_path / "run"]
     process = script.process(*flags)
     assert any("search  epoch 1  " in line for line in iter(process.stdout.readline, ""))
-    process.kill()
-    process.wait()
-    time.sleep(2)
-    assert not processes(str(tmp_path / "run"))
+    end(process, tmp_path / "run")
     process = script.process(*flags, "--resume")
     said = process.stdout.read()
     assert process.wait() == 0, said
