@@ -455,7 +455,8 @@ def stages(args: argparse.Namespace, checking: bool = False) -> dict[str, list[s
     command += ["--amp"] * args.amp + ["--check" if checking else "--resume"]
     if args.method == "dha":
         search = [*command, "--no-da", "--no-hpo", "--train-epochs", "0", "--out", str(out / "search")]
-        given = [] if checking else ["--genotype", str(out / "search" / "genotype.json")]
+        known = [] if "--max-" in " ".join(args.rest) else ["--genotype", "DARTS_V2"]  # which need not fit
+        given = known if checking else ["--genotype", str(out / "search" / "genotype.json")]
         return {"search": search, "train": [*command, *given, "--out", str(out / "train")]}
     policy = "none" if checking or args.method == "darts" else str(out / "policy.json")
     return {"darts": [*command, "--policy", policy, "--out", str(out / "darts")]}
@@ -515,7 +516,7 @@ def read_json(path: Path, *names: str) -> dict:
     """What a config.json or result.json holds, args included. InputError, also where one of `names` lacks."""
     try:
         content = json.loads(path.read_text())
-        content = content | content.get("args", {})
+        content = content.get("args", {}) | content
         return content | {name: content[name] for name in names}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
         raise InputError(f"cannot use {path}: {type(e).__name__}: {e}") from e
@@ -535,8 +536,8 @@ def settings_of_run(args: argparse.Namespace, argv: list[str], seed: int) -> arg
         own = {"out": str(out)} if args.repeats == 1 else {"out": str(out), "seed": seed}
         now = vars(parse_args(argv, about["args"])) | own
         for name in sorted(now.keys() - free):
-            if now[name] != about[name]:
-                raise InputError(f"{out} was started with {name} = {about[name]}: leave that flag out")
+            if now[name] != about["args"][name]:
+                raise InputError(f"{out} was started with {name} = {about['args'][name]}: leave that flag out")
     elif out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= begun):
         raise InputError(f"{out} exists already: choose another --out, or go on with a run by --resume")
     return argparse.Namespace(**now)

@@ -657,7 +657,7 @@ def read_json(path: Path, *names: str) -> dict:
     """What a config.json or result.json holds, args included. InputError, also where one of `names` lacks."""
     try:
         content = json.loads(path.read_text())
-        content = content | content.get("args", {})
+        content = content.get("args", {}) | content
         return content | {name: content[name] for name in names}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
         raise InputError(f"cannot use {path}: {type(e).__name__}: {e}") from e
@@ -677,8 +677,8 @@ def settings_of_run(args: argparse.Namespace, argv: list[str], seed: int) -> arg
         own = {"out": str(out)} if args.repeats == 1 else {"out": str(out), "seed": seed}
         now = vars(parse_args(argv, about["args"])) | own
         for name in sorted(now.keys() - free):
-            if now[name] != about[name]:
-                raise InputError(f"{out} was started with {name} = {about[name]}: leave that flag out")
+            if now[name] != about["args"][name]:
+                raise InputError(f"{out} was started with {name} = {about['args'][name]}: leave that flag out")
     elif out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= begun):
         raise InputError(f"{out} exists already: choose another --out, or go on with a run by --resume")
     return argparse.Namespace(**now)
@@ -778,7 +778,8 @@ def evaluate_run(argv: list[str], folder: Path, net: nn.Module, info: dict, devi
     """--evaluate: the test accuracy of a finished run's network, on the run's data set if argv names none."""
     names = "dataset data_dir image_size limit_train limit_test".split()
     saved = read_json(folder / "config.json", *names)
-    data = load_data(parse_args(argv, {name: saved[name] for name in names}), device)
+    own = {name: saved[name] for name in names} | {"auxiliary_weight": 0.0}
+    data = load_data(parse_args(argv, own), device)
     if data.classes != info["classes"]:
         raise InputError(f"the data set has other classes than the model: {info['classes'][:3]} ...")
     accuracy = evaluate(net, data.test_images, data.test_labels, info["mean"], info["std"])

@@ -101,11 +101,12 @@ def test_a_step_moves_only_its_own():
     changed = lambda module, old: [not torch.equal(p, q) for p, q in zip(module.parameters(), old)]
     net, policy = copy(s.net), copy(s.policy)
     baseline.critic_step(s, *first, second[0], small())
-    assert not any(changed(s.policy, policy))
+    assert not any(changed(s.policy, policy)) and all(p.grad is None for p in s.policy.parameters())
     assert sum(changed(s.net, net)) >= len(net) - 1  # the critic's last bias has no gradient
-    net = copy(s.net)
+    net, grads = copy(s.net), [None if p.grad is None else p.grad.clone() for p in s.net.parameters()]
     baseline.policy_step(s, *second, small())
     assert all(changed(s.policy, policy)) and not any(changed(s.net, net))
+    assert all(g is p.grad or torch.equal(g, p.grad) for g, p in zip(grads, s.net.parameters()))
     assert all(0 <= v.min() and v.max() <= 1 for v in (s.policy.p, s.policy.mu))
 
 

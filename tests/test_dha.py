@@ -236,10 +236,11 @@ def test_a_step_on_tau_raises_what_lost_more_than_its_probability_explains(monke
 
 
 def test_pairs_have_the_policys_frequencies():
-    tau, n = torch.randn(14, 14), 200_000
+    tau, n = torch.randn(14, 14), 50_000
     p = tau.flatten().softmax(0).double()
     counts = torch.bincount(dha.sample_pairs(tau, n), minlength=196).double()
     chi = ((counts - n * p) ** 2 / (n * p)).sum()
+    assert (n * p).min() > 5
     assert chi < 195 + 5 * math.sqrt(2 * 195)  # five standard deviations, 195 degrees of freedom
 
 
@@ -623,8 +624,9 @@ def test_processes_share_the_support_of_rank_0_and_the_gradients(tmp_path):
 
 # -------- No waiting ----------------------------------------------------------------------------------------
 
-class CrossDeviceCopies(TorchDispatchMode):
-    """Notes operations on pretended tensors that go from one device to another."""
+class Waits(TorchDispatchMode):
+    """Notes what makes a GPU wait though pretended tensors do not show it: copies from device to device, and
+    multinomial, which checks its input."""
 
     def __init__(self):
         super().__init__()
@@ -633,7 +635,7 @@ class CrossDeviceCopies(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         devices = {t.device.type for t in [*args, out] if isinstance(t, torch.Tensor) and t.dim() > 0}
-        if len(devices) > 1:
+        if len(devices) > 1 or "multinomial" in str(func):
             self.seen.append(str(func))
         return out
 
@@ -664,9 +666,9 @@ def test_a_step_on_cuda_never_waits_for_the_host(monkeypatch):
         s.lr, s.wd, s.mean, s.std = (torch.empty(n, device="cuda") for n in ((), (), 3, 3))
         images = torch.empty(8, 3, 32, 32, dtype=torch.uint8, device="cuda")
         labels = torch.empty(8, dtype=torch.long, device="cuda")
-        with CrossDeviceCopies() as copied:
+        with Waits() as waits:
             for _ in range(2):
                 measured = dha.train_step(s, images, labels, args)
-        assert measured.device.type == "cuda" and calls == ["cuda"] * 4 and copied.seen == []
+        assert measured.device.type == "cuda" and calls == ["cuda"] * 4 and waits.seen == []
         with pytest.raises(Exception, match="local_scalar"):
             float(measured.sum())  # the pretended device does notice

@@ -14,7 +14,7 @@ import common
 import joint_darts_faa as joint
 from common import PRIMITIVES, InputError
 from joint_darts_faa import AUGMENTATIONS, SIGNED, DartsSupernet, Policy
-from test_dha import CrossDeviceCopies
+from test_dha import Waits
 from written_out import WrittenOut, pairs
 
 NAMES = list(AUGMENTATIONS)
@@ -442,8 +442,9 @@ def test_a_search_step_on_cuda_never_waits_for_the_host(monkeypatch):
             batch = torch.empty(8, 3, 32, 32, dtype=torch.uint8), labels
             data = common.Data(*batch, *batch, list(common.SHAPE_CLASSES))
             s = joint.JointSearch(joint.parse_args(TINY), data, torch.device("cuda"))
-        with CrossDeviceCopies() as copied:
+        with Waits() as waits:
             measured = joint.search_step(s, batch, batch, 5.0, False)
-        assert measured.device.type == "cuda" and calls == ["cuda"] * 2 and copied.seen == []
+            joint.augment(batch[0].float() / 255, s.policy)
+        assert measured.device.type == "cuda" and calls == ["cuda"] * 2 and waits.seen == []
         with pytest.raises(Exception, match="local_scalar"):
             float(measured.sum())  # the pretended device does notice

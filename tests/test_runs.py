@@ -529,7 +529,6 @@ def test_compare_has_a_row_for_every_method_and_data_set(tmp_path, capsys):
 @pytest.mark.parametrize("script, base, flags, rows", [
     (dha, "--preset quick", ["", "--lr 0.01", "--lr 1e-2 --seed 3"], {"lr 0.05": "1", "lr 0.01": "2"}),
     (dha, "--dataset folder", ["", "--data-dir x"], {"data_dir data": "1", "data_dir x": "1"}),
-    (baseline, "--method dha --layers 3", ["--channels 8 --layers 5", "--layers 5 --channels=8"], {"": "2"}),
 ])  # fmt: skip
 def test_compare_splits_rows_by_values_that_differ(script, base, flags, rows, tmp_path, capsys):
     for number, more in enumerate(flags):
