@@ -722,7 +722,7 @@ def settings_of_run(args: argparse.Namespace, argv: list[str], seed: int) -> arg
         now = vars(parse_args(argv, about["args"])) | own
         for name in sorted(now.keys() - free):
             if now[name] != about["args"][name]:
-                raise InputError(f"{out} was started with {name} = {about['args'][name]}: leave that flag out")
+                raise InputError(f"{out} was started with {name} = {about['args'][name]}: leave it out")
     elif out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= begun):
         raise InputError(f"{out} exists already: choose another --out, or go on with a run by --resume")
     return argparse.Namespace(**now)

@@ -369,7 +369,8 @@ BAD = """--wrong-flag | --search-epoch 3 | word | --dataset cifar1000 | --preset
 --auxiliary-weight 0.4 --image-size 16 | --dataset cifar10 --data-dir {broken}/file | --data-dir {broken}/file
 --data-dir {broken}/nothing | --data-dir {broken}/empty | --data-dir {broken}/damaged | --out {broken}/file
 --data-dir {broken}/one_class | --data-dir {broken}/sizes | --data-dir {broken}/wide
---data-dir {broken}/more | --out {broken}/file/run | --genotype DARTS_V9 | --genotype {broken}/damaged.json | --genotype {broken}/file
+--data-dir {broken}/more | --out {broken}/file/run | --genotype DARTS_V9 | --genotype {broken}/file
+--genotype {broken}/damaged.json
 --genotype {broken} | --evaluate {broken}/nothing | --evaluate {broken}"""
 OWN = {
     "joint": """--search-batch-size 1 | --search-channels 3 | --search-layers 2 | --arch-lr -1 | --stages 0
