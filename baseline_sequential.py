@@ -455,7 +455,8 @@ def stages(args: argparse.Namespace, checking: bool = False) -> dict[str, list[s
     command += ["--amp"] * args.amp + ["--check" if checking else "--resume"]
     if args.method == "dha":
         search = [*command, "--no-da", "--no-hpo", "--train-epochs", "0", "--out", str(out / "search")]
-        known = [] if "--max-" in " ".join(args.rest) else ["--genotype", "DARTS_V2"]  # which need not fit
+        limited = any(word.startswith(("--max-params", "--max-flops")) for word in args.rest)
+        known = [] if limited else ["--genotype", "DARTS_V2"]  # which need not fit
         given = known if checking else ["--genotype", str(out / "search" / "genotype.json")]
         return {"search": search, "train": [*command, *given, "--out", str(out / "train")]}
     policy = "none" if checking or args.method == "darts" else str(out / "policy.json")

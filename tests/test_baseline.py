@@ -194,15 +194,22 @@ def test_stages_get_the_flags_that_they_are_handed(method, checking, tmp_path):
         assert (stage.check, stage.resume) == (checking, not checking)
         if method == "dha":
             assert (stage.no_da, stage.no_hpo) == (name == "search",) * 2
-            given = str(common.GENOTYPES["PDARTS"]) if name == "train" and not checking else None
-            assert stage.genotype == given and stage.train_epochs == (0 if name == "search" else 7)
+            given = str(common.GENOTYPES["DARTS_V2" if checking else "PDARTS"])  # before there is a file
+            assert stage.genotype == (given if name == "train" else None)
+            assert stage.train_epochs == (0 if name == "search" else 7)
         else:
             policy = "none" if checking or method == "darts" else str(tmp_path / "policy.json")
             assert stage.policy == policy and stage.genotype is None and stage.train_epochs == 7
-    args.processes = 3
+    args.processes = 3  # under torchrun
     for name, command in baseline.stages(args, checking).items():
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
         assert command == [sys.executable, *launcher, *commands[name][1:]]
+
+
+@pytest.mark.parametrize("flag, known", [("max-params", False), ("max-flops", False), ("max-lr-step", True)])
+def test_a_known_genotype_is_checked_unless_it_may_break_the_constraints(flag, known):
+    args = baseline.parse_args(["--method", "dha", "--out", "run", f"--{flag}", "1"])
+    assert ("DARTS_V2" in baseline.stages(args, checking=True)["train"]) == known
 
 
 # -------- --compare -----------------------------------------------------------------------------------------

@@ -150,7 +150,6 @@ def test_sgd_step_is_torch_sgd():
 # the betas make the gradient decide, then the bounds of a step, then the ranges
 @pytest.mark.parametrize("flags", [
     "--beta-lr 1e-3 --beta-wd 1e-4", "--beta-lr 1e6 --beta-wd 1e6 --max-lr-step 0.02 --max-wd-step 3e-6",
-    "--beta-lr 1e6 --beta-wd 1e6 --max-lr-step 0.3 --max-wd-step 2e-4",
     "--beta-lr 1e9 --beta-wd 1e9 --max-lr-step 1e6 --max-wd-step 1e6"])
 def test_a_step_moves_the_weights_by_v_and_eta_against_its_gradient(monkeypatch, flags):
     s, data, args = tiny(*flags.split(), "--grad-clip", "0.1")
@@ -287,7 +286,7 @@ def test_there_is_no_none():
 
 def test_support_is_the_best_operation_of_the_two_best_edges():
     net = dha.SparseSupernet(4, 10, 3)
-    for _ in range(6):
+    for _ in range(5):
         move_b(net)
         net.recover()
         alpha = dha.ista(net.A, torch.stack(list(net.b)), 1e-5).view(8, 5, 7)
@@ -350,7 +349,7 @@ def test_freezing_and_keeping_change_no_logits(training):
         before = logits()
         for k in range(8):
             assert learns(k) == {False}
-            assert all((n.weight == 1).all() and (n.bias == 0).all() and n.weight.grad is None for n in norms(k))
+            assert all((n.weight == 1).all() and not n.bias.any() and n.weight.grad is None for n in norms(k))
             s.net.freeze(k)
             assert learns(k) == {True}
             assert torch.allclose(logits(), before, atol=1e-5)
@@ -477,11 +476,14 @@ def test_a_run_starts_within_the_constraints(monkeypatch):
     assert len({str(b) for b in drawn}) == 30
 
 
-@pytest.mark.parametrize("frozen", [(), (2, 5), "all", "given"])
+@pytest.mark.parametrize("frozen", ["some", "all", "given"])
 def test_state_goes_on_bit_for_bit(frozen, tmp_path):
-    flags = ("--genotype", "DARTS_V2") if frozen == "given" else ()
-    data, args = settings(*flags)
-    build = lambda: dha.start(args, data, torch.device("cpu"))
+    data, args = settings(*["--genotype", "DARTS_V2"] * (frozen == "given"))
+
+    def build(seed):  # another A, b and theta
+        torch.manual_seed(seed)
+        args.seed = seed
+        return (dha.start if frozen == "given" else dha.DHA)(args, data, torch.device("cpu"))
 
     def go_on(s):
         torch.manual_seed(9)
@@ -489,18 +491,17 @@ def test_state_goes_on_bit_for_bit(frozen, tmp_path):
         moved = s.net.recover(args.lasso) if not all(s.net.frozen) else []
         return measured + steps(s, data, args, 2), moved
 
-    s = build()
-    steps(s, data, args, 3)
-    for k in frozen if frozen == (2, 5) else ():
-        s.net.freeze(k)
+    s = build(0)
+    steps(s, data, args, 2)
+    if frozen == "some":
+        s.net.freeze(2), s.net.freeze(5)
+        move_b(s.net)
+        s.net.recover()
     if frozen == "all":
         freeze_all(s)
-    move_b(s.net)
-    not all(s.net.frozen) and s.net.recover()
     steps(s, data, args, 2)
     torch.save(s.state_dict(), tmp_path / "state.pt")
-    args.seed = 7  # another A, b and theta
-    other = build()
+    other = build(7)
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     (mine, moved), (theirs, moved_too) = go_on(s), go_on(other)
     assert all(torch.equal(a, b) for a, b in zip(mine, theirs)) and moved == moved_too

@@ -3,8 +3,8 @@
     python tests/benchmarks/known_answer_joint.py --seeds 3        # minutes a seed and data set on 2 cores
 
 Searches on `shapes` as it is, and on `shapes` whose images have each lost a random part of their contrast
-(blended with their mean gray, 15 to 60 % left). Prints the probability that AutoContrast, Equalize or Contrast
-is selected, mean over sub-policies and stages, before and after the search. Asserts nothing.
+(blended with their mean gray, 15 to 60 % left). Prints the probability that AutoContrast, Equalize or
+Contrast is selected, mean over sub-policies and stages, before and after the search. Asserts nothing.
 
 The policy starts with all operations equally likely. The search's own start, z from U(0, 1) at temperature
 0.05, gives some operations 1e-6 of a stage, and almost no gradient: --random-start shows what it makes of the
