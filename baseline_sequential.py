@@ -606,7 +606,7 @@ def run_baseline(args: argparse.Namespace, device: torch.device) -> dict:
     results = {name: run_stage(name, command, out / name) for name, command in stages(args).items()}
     for name in results:
         for line in (out / name / "metrics.jsonl").read_text().splitlines():
-            print(json.dumps({"stage": name} | json.loads(line)), file=run.log)
+            print(json.dumps({"stage": name} | json.loads(line)), file=run.log, flush=True)
         for file in ("genotype.json", "policy.json", "model.pt"):
             if (out / name / file).exists():
                 shutil.copyfile(out / name / file, out / file)
