@@ -169,7 +169,7 @@ def auto_contrast(images: Tensor, magnitude: Tensor) -> Tensor:
     """Stretch every channel to the full range, as PIL at 8 bits. Straight-through gradient for the image."""
     levels = (images.detach() * 255).round().long().clamp(0, 255).flatten(2)  # (B, 3, H W)
     low, high = levels.amin(2, keepdim=True).double(), levels.amax(2, keepdim=True).double()
-    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # 255 / tensor would be a reciprocal
+    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # divides as PIL; 255 / tensor multiplies
     level = torch.arange(256, device=images.device, dtype=torch.float64)
     stretched = (level * scale - low * scale).floor().clamp(0, 255)
     table = torch.where(high > low, stretched, level) / 255  # (B, 3, 256)
@@ -196,7 +196,6 @@ AUGMENTATIONS = dict(
     SamplePairing=sample_pairing,
 )
 SIGNED = set("ShearX ShearY TranslateX TranslateY Rotate Color Contrast Brightness Sharpness".split())
-
 
 # -------- Policy: L sub-policies of K stages, each a weighted choice among the 16 operations (Eqs. 1 to 3) --
 
@@ -248,7 +247,6 @@ class Policy(nn.Module):
         head = {"operations": list(AUGMENTATIONS), "eta": self.eta}
         return head | {name: values.tolist() for name, values in numbers.items()}
 
-
 # -------- The network: WideResNet with a classifier and a critic --------------------------------------------
 
 class WideBlock(nn.Module):
@@ -287,7 +285,6 @@ class WideResNet(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         features = self.features(x).mean((2, 3))
         return self.classifier(features), self.critic(features).squeeze(1)
-
 
 # -------- Faster AutoAugment: a step of critic and classifier, a step of the policy -------------------------
 
@@ -347,13 +344,12 @@ def policy_step(s: PolicySearch, images: Tensor, labels: Tensor, args) -> Tensor
     s.policy.clamp()
     return torch.stack([critic_loss, class_loss, 100 * (logits.argmax(1) == labels).float().mean()]).detach()
 
-
 # -------- The loop ------------------------------------------------------------------------------------------
 
 MEASURED = "distance penalty class_loss accuracy policy_critic_loss policy_class_loss policy_accuracy".split()
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
-progress = partial(tqdm, leave=False, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 30)
+progress = partial(tqdm, leave=False, disable=RANK > 0, mininterval=0.1 if sys.stderr.isatty() else 30)
 
 def epoch_means(meters: Tensor, learned: list[Tensor], epoch: int, flags: str) -> list[float]:
     """Means over an epoch's steps of what was measured, (steps, n) -> n. FloatingPointError if not finite."""
@@ -376,7 +372,8 @@ def start_device(args: argparse.Namespace) -> torch.device:
     if gpu >= gpus or (gpu < 0 and args.amp):
         raise InputError(f"no such GPU, this machine has {gpus}: --gpu -1, without --amp, is the CPU")
     if gpu < 0:
-        print("running on the CPU" + "; the paper's settings want a GPU" * (args.preset == "paper"))
+        full = args.preset == "paper" and not (args.evaluate or args.resume)
+        print("running on the CPU" + "; the paper's settings want a GPU" * full)
         return torch.device("cpu")
     print("running on", torch.cuda.get_device_name(gpu))
     torch.cuda.set_device(gpu)
@@ -430,14 +427,13 @@ def search_policy(args: argparse.Namespace, data: Data, run: argparse.Namespace)
         end_epoch(run, record, begun, policy={name: part.state_dict() for name, part in parts.items()})
     return s.policy
 
-
 # -------- The other stages: calls of the two scripts --------------------------------------------------------
 
 def die_with_parent() -> None:
     """In a stage's process: leave Ctrl-C to the parent, and (on Linux) end when the parent is killed."""
     os.setpgid(0, 0)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG; torchrun passes it on
 
 class StageFailed(Exception):
     """What to say, and the exit code."""
@@ -475,7 +471,7 @@ def run_stage(name: str, command: list[str], out: Path) -> dict:
     if code:
         code = code if code > 0 else 128 - code  # killed by a signal
         raise StageFailed(f"stage {name} ended with exit code {code}, its own message is above", code)
-    return read_json(out / "result.json", "seconds", "search_seconds")
+    return read_json(out / "result.json", "seconds", "search_seconds", "epochs", "search_epochs")
 
 
 # =============================================================================
@@ -533,14 +529,14 @@ def settings_of_run(args: argparse.Namespace, argv: list[str], seed: int) -> arg
     if args.resume and (out / "config.json").exists():
         about = read_json(out / "config.json", "args", "script", "processes", *now)
         if (about["script"], about["processes"], len(about["args"])) != (script.name, WORLD, len(now)):
-            raise InputError(f"{out} is a run of another script, version or number of processes")
+            raise InputError(f"{out} is by {about['script']}, {about['processes']} processes, or outdated")
         own = {"out": str(out)} if args.repeats == 1 else {"out": str(out), "seed": seed}
         now = vars(parse_args(argv, about["args"])) | own
         for name in sorted(now.keys() - free):
             if now[name] != about["args"][name]:
                 raise InputError(f"{out} was started with {name} = {about['args'][name]}: leave it out")
     elif out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= begun):
-        raise InputError(f"{out} exists already: choose another --out, or go on with a run by --resume")
+        raise InputError(f"{out} exists: choose another --out, or give a run's own flags and --resume")
     return argparse.Namespace(**now)
 
 def open_run(args: argparse.Namespace, device: torch.device) -> argparse.Namespace:
@@ -550,7 +546,8 @@ def open_run(args: argparse.Namespace, device: torch.device) -> argparse.Namespa
     out.mkdir(parents=True, exist_ok=True)
     log = open(out / "metrics.jsonl", "a")
     try:
-        RANK or fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if RANK == 0:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"another process is writing {out}: wait for it, or choose another --out") from None
     state = {"history": [], "seconds": {}} | load_checkpoint(out)
@@ -611,9 +608,10 @@ def run_baseline(args: argparse.Namespace, device: torch.device) -> dict:
             if (out / name / file).exists():
                 shutil.copyfile(out / name / file, out / file)
     methods = {"faa-darts": "Faster AA, then DARTS", "darts": "DARTS", "dha": "Sequential DHA"}
+    own = [run.seconds.get("policy", 0.0)] * 2 + [len(run.history)] * 2
     result = list(results.values())[-1] | {"method": methods[args.method]}
-    for key in ("seconds", "search_seconds"):
-        result[key] = run.seconds.get("policy", 0.0) + sum(stage[key] for stage in results.values())
+    for key, policy in zip(("seconds", "search_seconds", "epochs", "search_epochs"), own):
+        result[key] = policy + sum(stage[key] for stage in results.values())
     save(out / "result.json", result)
     return result
 
@@ -629,7 +627,10 @@ def compare(folders: list[str]) -> str:
             print(f"note: {path} was a search only")
             continue
         settings = read_json(path / "config.json", "args")["args"]
-        own = "seed repeats out resume check workers gpu evaluate compare".split()
+        for name, handed in (("darts", "policy"), ("train", "genotype")):  # a last stage: what `rest` came to
+            if (path / name / "config.json").exists():
+                settings = read_json(path / name / "config.json", "args")["args"] | {handed: None} | settings
+        own = "preset rest seed repeats out resume check workers gpu evaluate compare".split()
         own += ["data_dir"] * (result["dataset"] != "folder")
         kept = {name: str(value) for name, value in sorted(settings.items()) if name not in own}
         numbers = (result[name] for name in ("test_accuracy", "params", "search_seconds", "seconds"))
@@ -742,15 +743,16 @@ def parse_args(argv: list[str], saved: dict = {}) -> argparse.Namespace:
     quick = dict(dataset="shapes", faa_epochs=8, faa_batch_size=64, depth=10, width=1, policy_lr=1e-2)
     args, rest = parser.settings(argv, quick, saved)
     args.rest = rest or saved.get("rest", [])
+    if any(word.partition("=")[0] == "--policy" for word in rest):
+        parser.error("a baseline's policy is that of its first stage: --policy is joint_darts_faa.py's")
     if not (args.method or args.evaluate or args.compare or args.resume):
         parser.error("--method is missing: faa-darts, darts or dha")
     if (args.depth - 4) % 6 or args.depth < 10 or args.faa_batch_size % 2:
         parser.error("--depth must be 6 n + 4 (10, 16, ..., 40), --faa-batch-size even: half is augmented")
     return args
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Run a command line; exit code 0, 1 (training failed), 2 (wrong input), 130 or 143 (stopped)."""
-    argv = sys.argv[1:] if argv is None else argv
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt(128 + number)
@@ -783,12 +785,12 @@ def main(argv: list[str] | None = None) -> int:
         print("error:", str(e).splitlines()[0], file=sys.stderr)
         return 2 if isinstance(e, (InputError, OSError)) else 1
     except StageFailed as e:
-        print(f"error: {e.args[0]}; go on with: {shlex.join([sys.argv[0], *argv])} --resume", file=sys.stderr)
+        print(f"error: {e.args[0]}; go on with the same command and --resume", file=sys.stderr)
         return e.args[1]
     except KeyboardInterrupt as e:
-        print(f"\nstopped; go on with: python {shlex.join([sys.argv[0], *argv])} --resume", file=sys.stderr)
+        print("\nstopped; go on with the same command and --resume", file=sys.stderr)
         return e.args[0]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -386,7 +386,7 @@ class DepthwiseConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if self.stride == self.dilation == (2, 2):  # reads every second pixel: a plain one on those
             return F.conv2d(x[:, :, ::2, ::2], self.weight, padding=self.padding[0] // 2, groups=self.groups)
-        if self.stride == (1, 1) and not x.is_cuda:
+        if self.stride == (1, 1) and not (x.is_cuda or torch.is_autocast_enabled("cpu")):
             return _Depthwise.apply(x, self.weight, self.dilation[0])
         return super().forward(x)
 

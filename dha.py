@@ -148,7 +148,7 @@ def auto_contrast(images: Tensor, magnitude: Tensor) -> Tensor:
     """Stretch every channel to the full range, as PIL at 8 bits. Straight-through gradient for the image."""
     levels = (images.detach() * 255).round().long().clamp(0, 255).flatten(2)  # (B, 3, H W)
     low, high = levels.amin(2, keepdim=True).double(), levels.amax(2, keepdim=True).double()
-    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # 255 / tensor would be a reciprocal
+    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # divides as PIL; 255 / tensor multiplies
     level = torch.arange(256, device=images.device, dtype=torch.float64)
     stretched = (level * scale - low * scale).floor().clamp(0, 255)
     table = torch.where(high > low, stretched, level) / 255  # (B, 3, 256)
@@ -185,7 +185,6 @@ def apply_each(images: Tensor, choice: Tensor, magnitude: Tensor) -> Tensor:
         out = torch.where(per_image(choice == n), changed, out)
     return out
 
-
 # -------- Data augmentation (Eq. 2): tau has a logit for every ordered pair of operations, 14 x 14 ----------
 
 def sample_pairs(tau: Tensor, count: int) -> Tensor:
@@ -206,7 +205,6 @@ def policy_loss(tau: Tensor, pairs: Tensor, losses: Tensor) -> Tensor:
     loss exceeds the mean of these sums under p(tau): a pair drawn more often sums more, and gains."""
     p = tau.flatten().softmax(0)
     return -(p.gather(0, pairs) * losses.detach()).sum()  # Eq. (2)
-
 
 # -------- Architecture (Eq. 4): b is learned, alpha is recovered from it, its support is the architecture ---
 
@@ -312,9 +310,10 @@ class SparseSupernet(nn.Module):
     Input: normalised images (B, 3, H, W). Output: logits (B, num_classes); with `auxiliary`, in training, the
     pair (logits, auxiliary logits). Node k of 0..7 (normal 0..3, reduce 0..3) has b[k] (7,), A[k] (7, 35;
     zeros pad the smaller nodes), alpha[k] (35,), entry 7 * state + operation, and support[k]."""
-    def __init__(self, channels: int, num_classes: int, layers: int, auxiliary=False, b_scale: float = 1e-3):
+    def __init__(self, channels: int, num_classes: int, layers: int, auxiliary: bool = False,
+                 b_scale: float = 1e-3):
         super().__init__()
-        self.drop_path_prob, self.auxiliary_at, C = 0.0, 2 * layers // 3, channels
+        self.drop_path_prob, self.auxiliary, self.auxiliary_at, C = 0.0, None, 2 * layers // 3, channels
         self.stem = nn.Sequential(nn.Conv2d(3, 3 * C, 3, padding=1, bias=False), nn.BatchNorm2d(3 * C))
         c_before, c_in, halved = 3 * C, 3 * C, False
         self.cells = nn.ModuleList()
@@ -345,7 +344,7 @@ class SparseSupernet(nn.Module):
         for i, cell in enumerate(self.cells):
             mine = slice(NODES, None) if cell.reduction else slice(NODES)
             s0, s1 = s1, cell(s0, s1, self.support[mine], weights[mine], self.drop_path_prob)
-            if i == self.auxiliary_at and self.training and hasattr(self, "auxiliary"):
+            if i == self.auxiliary_at and self.training and self.auxiliary is not None:
                 auxiliary = self.auxiliary(s1)
         logits = self.classifier(s1.mean((2, 3)))
         return logits if auxiliary is None else (logits, auxiliary)
@@ -389,7 +388,6 @@ class SparseSupernet(nn.Module):
             norms(op)[-1].weight.mul_(self.strength(k)[i % 2])
             op.requires_grad_(True)
         self.frozen[k] = True
-        self.b[k].requires_grad_(False).grad = None  # so that Adam leaves it alone
 
     def keep(self, genotype: Genotype) -> SparseSupernet:
         """Prune: of the operations the genotype's stay, and nothing to search. Returns itself."""
@@ -413,7 +411,6 @@ class SparseSupernet(nn.Module):
         edges = [edge for node in self.support for edge in node]
         return Genotype(edges[: 2 * NODES], [2, 3, 4, 5], edges[2 * NODES :], [2, 3, 4, 5])
 
-
 # -------- Hyper-parameters (Eq. 3) --------------------------------------------------------------------------
 
 LR_RANGE, WD_RANGE = (1e-4, 0.1), (0.0, 1e-2)  # where Eq. (3) may move them; the paper gives no range
@@ -436,7 +433,6 @@ def sgd_step(params: list, grads: list, velocities: list, lr: Tensor, wd: Tensor
     torch._foreach_add_(velocities, grads)
     torch._foreach_add_(velocities, torch._foreach_mul(params, wd))
     torch._foreach_sub_(params, torch._foreach_mul(velocities, lr))
-
 
 # -------- One step of everything (Fig. 1) -------------------------------------------------------------------
 
@@ -510,7 +506,7 @@ def train_step(s: DHA, images: Tensor, labels: Tensor, args: argparse.Namespace)
     if not args.no_da:
         s.tau.data -= args.tau_lr * WORLD * s.tau.grad  # Eq. (2) is a sum over the images of all processes
     s.b_optimizer.step()
-    both = [p for p in s.velocity if p.grad is not None]  # what left the support has no gradient here
+    both = [p for p in s.velocity if p.grad is not None]  # theta+: moved in the last step, used in this
     if both and not args.no_hpo:
         d_lr, d_wd = hypergradient([p.grad for p in both], [s.velocity[p] for p in both], both, s.lr)
         lr_step, wd_step = args.max_lr_step * s.lr, args.max_wd_step
@@ -522,10 +518,9 @@ def train_step(s: DHA, images: Tensor, labels: Tensor, args: argparse.Namespace)
     sgd_step(theta, [p.grad for p in theta], list(s.velocity.values()), s.lr, s.wd)
     return torch.stack([losses.mean(), 100 * (logits.argmax(1) == labels).float().mean()]).detach()
 
-
 # -------- The loop: search and training are one -------------------------------------------------------------
 
-progress = partial(tqdm, leave=False, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 30)
+progress = partial(tqdm, leave=False, disable=RANK > 0, mininterval=0.1 if sys.stderr.isatty() else 30)
 
 def epoch_means(meters: Tensor, learned: list[Tensor], epoch: int, flags: str) -> list[float]:
     """Means over an epoch's steps of what was measured, (steps, n) -> n. FloatingPointError if not finite."""
@@ -548,7 +543,8 @@ def start_device(args: argparse.Namespace) -> torch.device:
     if gpu >= gpus or (gpu < 0 and args.amp):
         raise InputError(f"no such GPU, this machine has {gpus}: --gpu -1, without --amp, is the CPU")
     if gpu < 0:
-        print("running on the CPU" + "; the paper's settings want a GPU" * (args.preset == "paper"))
+        full = args.preset == "paper" and not (args.evaluate or args.resume)
+        print("running on the CPU" + "; the paper's settings want a GPU" * full)
         return torch.device("cpu")
     print("running on", torch.cuda.get_device_name(gpu))
     torch.cuda.set_device(gpu)
@@ -582,10 +578,11 @@ def start(args: argparse.Namespace, data: Data, device: torch.device) -> DHA:
     """What a run begins with. Draws b until the support keeps the constraints; InputError after 30 draws."""
     torch.manual_seed(args.seed)
     s = DHA(args, data, device)
-    if args.genotype:
-        s.theta = list(s.net.keep(common.parse_genotype(args.genotype)).parameters())
     for _ in range(1 if args.genotype else 30):
-        args.genotype or s.net.recover(args.lasso)
+        if args.genotype:
+            s.theta = list(s.net.keep(common.parse_genotype(args.genotype)).parameters())
+        else:
+            s.net.recover(args.lasso)
         if within_limits(s.net, args, data.train_images.shape[-1]):
             return s
         for b in s.net.b:
@@ -625,14 +622,15 @@ def search_and_train(s: DHA, args: argparse.Namespace, data: Data, run: argparse
         if phase == "search":
             if skips > 4:
                 print("warning: most operations of the normal cell are skip-connections")
-            still = list(range(2 * NODES))  # at the end: fixed as it was trained, no last recovery [A]
+            fixed = [k for k in range(2 * NODES) if not s.net.frozen[k]]  # the last: as they were trained [A]
             if epoch + 1 < args.search_epochs:
                 moved = record["moved"] = s.net.recover(args.lasso, fits)
+                if not moved:
+                    print("the new support breaks --max-params or --max-flops: the last one stays")
                 near = [k for k, distance in enumerate(moved) if distance <= args.freeze_distance]
-                still = [k for k in near if s.net.alpha_S[k].any()]
-                moved or print("the new support breaks --max-params or --max-flops: the last one stays")
-            for k in still:
-                s.net.frozen[k] or s.net.freeze(k)
+                fixed = [k for k in fixed if k in near and s.net.alpha_S[k].any()]
+            for k in fixed:
+                s.net.freeze(k)
             if all(s.net.frozen):
                 s.theta = list(s.net.keep(s.net.genotype()).parameters())
             searched += 1
@@ -717,14 +715,14 @@ def settings_of_run(args: argparse.Namespace, argv: list[str], seed: int) -> arg
     if args.resume and (out / "config.json").exists():
         about = read_json(out / "config.json", "args", "script", "processes", *now)
         if (about["script"], about["processes"], len(about["args"])) != (script.name, WORLD, len(now)):
-            raise InputError(f"{out} is a run of another script, version or number of processes")
+            raise InputError(f"{out} is by {about['script']}, {about['processes']} processes, or outdated")
         own = {"out": str(out)} if args.repeats == 1 else {"out": str(out), "seed": seed}
         now = vars(parse_args(argv, about["args"])) | own
         for name in sorted(now.keys() - free):
             if now[name] != about["args"][name]:
                 raise InputError(f"{out} was started with {name} = {about['args'][name]}: leave it out")
     elif out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= begun):
-        raise InputError(f"{out} exists already: choose another --out, or go on with a run by --resume")
+        raise InputError(f"{out} exists: choose another --out, or give a run's own flags and --resume")
     return argparse.Namespace(**now)
 
 def open_run(args: argparse.Namespace, device: torch.device) -> argparse.Namespace:
@@ -734,7 +732,8 @@ def open_run(args: argparse.Namespace, device: torch.device) -> argparse.Namespa
     out.mkdir(parents=True, exist_ok=True)
     log = open(out / "metrics.jsonl", "a")
     try:
-        RANK or fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if RANK == 0:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"another process is writing {out}: wait for it, or choose another --out") from None
     state = {"history": [], "seconds": {}} | load_checkpoint(out)
@@ -777,8 +776,7 @@ def run_dha(args: argparse.Namespace, device: torch.device) -> dict:
         return {}
 
     net, genotype, size = s.net, s.net.genotype(), data.train_images.shape[-1]
-    if args.auxiliary_weight:
-        del net.auxiliary
+    net.auxiliary = None
     method = "given genotype" if args.genotype else "DHA"
     method += " without DA" * args.no_da + " without HPO" * args.no_hpo
     method = method.replace("DHA without DA without HPO", "One-Stage ISTA")
@@ -959,11 +957,10 @@ def parse_args(argv: list[str], saved: dict = {}) -> argparse.Namespace:
             parser.error(f"{name} must lie in [{low}, {high}] where Eq. 3 learns it; or give --no-hpo")
     return args
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Run a command line; exit code 0, 1 (training failed), 2 (wrong input), 130 or 143 (stopped)."""
-    argv = sys.argv[1:] if argv is None else argv
     if RANK:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt(128 + number)
@@ -986,10 +983,13 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{len(results)} seeds: test accuracy {accuracy.mean():.2f} ± {accuracy.std():.2f} %")
         return 0
     except (InputError, OSError, ArithmeticError, torch.cuda.OutOfMemoryError) as e:
+        if RANK:
+            time.sleep(5)  # where rank 0 has failed too, and said so, torchrun ends this process now
         print("error:", str(e).splitlines()[0], file=sys.stderr)
         return 2 if isinstance(e, (InputError, OSError)) else 1
     except KeyboardInterrupt as e:
-        print(f"\nstopped; go on with: python {shlex.join([sys.argv[0], *argv])} --resume", file=sys.stderr)
+        if RANK == 0:
+            print("\nstopped; go on with the same command and --resume", file=sys.stderr)
         return e.args[0]
     finally:
         if dist.is_initialized():
@@ -997,4 +997,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -159,7 +159,7 @@ def auto_contrast(images: Tensor, magnitude: Tensor) -> Tensor:
     """Stretch every channel to the full range, as PIL at 8 bits. Straight-through gradient for the image."""
     levels = (images.detach() * 255).round().long().clamp(0, 255).flatten(2)  # (B, 3, H W)
     low, high = levels.amin(2, keepdim=True).double(), levels.amax(2, keepdim=True).double()
-    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # 255 / tensor would be a reciprocal
+    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # divides as PIL; 255 / tensor multiplies
     level = torch.arange(256, device=images.device, dtype=torch.float64)
     stretched = (level * scale - low * scale).floor().clamp(0, 255)
     table = torch.where(high > low, stretched, level) / 255  # (B, 3, 256)
@@ -196,7 +196,6 @@ def apply_each(images: Tensor, choice: Tensor, magnitude: Tensor) -> Tensor:
         changed = operation(images, magnitude if name in SIGNED else magnitude.abs())
         out = torch.where(per_image(choice == n), changed, out)
     return out
-
 
 # -------- Policy: L sub-policies of K stages, each a weighted choice among the 16 operations (Eqs. 1 to 3) --
 
@@ -262,7 +261,6 @@ def augment(images: Tensor, policy: Policy) -> Tensor:
         images = apply_each(images, choice, sign * mu)
     return images
 
-
 # -------- The supernet of DARTS: every operation on every edge, weighted (Eq. 5) ----------------------------
 
 NODES = 4  # intermediate nodes of a cell; node j reads the states 0..j+1: 14 edges
@@ -289,7 +287,8 @@ class MixedOp(nn.Module):
         self.ops = nn.ModuleList([nn.Identity(), nn.Identity(), build("skip_connect"), *convolutions])
 
     def forward(self, inputs: list[Tensor], weights: Tensor, node: Tensor) -> Tensor:
-        """node + sum_f weights_f f(x), (B, C, H, W); weights (8,): softmax of the edge's alpha."""
+        """node + sum_f weights_f f(x), (B, C, H, W). inputs: what `Outgoing` makes of x; weights (8,): the
+        softmax of the edge's alpha; node: the sum so far."""
         for weight, f, x in zip(weights[1:], self.ops, inputs, strict=True):
             node = torch.addcmul(node, weight, f(x))  # Eq. (5)
         return node
@@ -360,7 +359,6 @@ class DartsSupernet(nn.Module):
                 row += j + 2
             cells.append(cell)
         return Genotype(cells[0], [2, 3, 4, 5], cells[1], [2, 3, 4, 5])
-
 
 # -------- The search step (Alg. 1) --------------------------------------------------------------------------
 
@@ -434,10 +432,9 @@ def search_step(s: JointSearch, val: tuple, train: tuple, grad_clip: float, amp:
     s.parts["w"].step()  # line 14, Eq. (10)
     return torch.stack([loss_val, accuracy_val, loss_train.detach(), accuracy_train])
 
-
 # -------- The search, and the training of what it found -----------------------------------------------------
 
-progress = partial(tqdm, leave=False, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 30)
+progress = partial(tqdm, leave=False, disable=RANK > 0, mininterval=0.1 if sys.stderr.isatty() else 30)
 
 def epoch_means(meters: Tensor, learned: list[Tensor], epoch: int, flags: str) -> list[float]:
     """Means over an epoch's steps of what was measured, (steps, n) -> n. FloatingPointError if not finite."""
@@ -460,7 +457,8 @@ def start_device(args: argparse.Namespace) -> torch.device:
     if gpu >= gpus or (gpu < 0 and args.amp):
         raise InputError(f"no such GPU, this machine has {gpus}: --gpu -1, without --amp, is the CPU")
     if gpu < 0:
-        print("running on the CPU" + "; the paper's settings want a GPU" * (args.preset == "paper"))
+        full = args.preset == "paper" and not (args.evaluate or args.resume)
+        print("running on the CPU" + "; the paper's settings want a GPU" * full)
         return torch.device("cpu")
     print("running on", torch.cuda.get_device_name(gpu))
     torch.cuda.set_device(gpu)
@@ -585,7 +583,6 @@ def evaluate(net: nn.Module, images: Tensor, labels: Tensor, mean: Tensor, std: 
     net.train(training)
     return 100 * float(correct) / len(labels)
 
-
 # -------- What a run leaves, for other people's code --------------------------------------------------------
 
 def load_policy(path: str | Path) -> Policy:
@@ -673,14 +670,14 @@ def settings_of_run(args: argparse.Namespace, argv: list[str], seed: int) -> arg
     if args.resume and (out / "config.json").exists():
         about = read_json(out / "config.json", "args", "script", "processes", *now)
         if (about["script"], about["processes"], len(about["args"])) != (script.name, WORLD, len(now)):
-            raise InputError(f"{out} is a run of another script, version or number of processes")
+            raise InputError(f"{out} is by {about['script']}, {about['processes']} processes, or outdated")
         own = {"out": str(out)} if args.repeats == 1 else {"out": str(out), "seed": seed}
         now = vars(parse_args(argv, about["args"])) | own
         for name in sorted(now.keys() - free):
             if now[name] != about["args"][name]:
                 raise InputError(f"{out} was started with {name} = {about['args'][name]}: leave it out")
     elif out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= begun):
-        raise InputError(f"{out} exists already: choose another --out, or go on with a run by --resume")
+        raise InputError(f"{out} exists: choose another --out, or give a run's own flags and --resume")
     return argparse.Namespace(**now)
 
 def open_run(args: argparse.Namespace, device: torch.device) -> argparse.Namespace:
@@ -690,7 +687,8 @@ def open_run(args: argparse.Namespace, device: torch.device) -> argparse.Namespa
     out.mkdir(parents=True, exist_ok=True)
     log = open(out / "metrics.jsonl", "a")
     try:
-        RANK or fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if RANK == 0:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"another process is writing {out}: wait for it, or choose another --out") from None
     state = {"history": [], "seconds": {}} | load_checkpoint(out)
@@ -742,7 +740,8 @@ def run_joint(args: argparse.Namespace, device: torch.device) -> dict:
             genotype, policy = s.genotype or s.net.genotype(), s.policy or policy
         if RANK == 0:
             common.save_genotype(genotype, out / "genotype.json")
-            policy and save(out / "policy.json", policy.table())
+            if policy:
+                save(out / "policy.json", policy.table())
         if WORLD > 1:
             dist.barrier()  # the files are there
     net = None if args.search_only else train(args, data, run)
@@ -921,11 +920,10 @@ def parse_args(argv: list[str], saved: dict = {}) -> argparse.Namespace:
         parser.error("nothing to do: --train-epochs 0 wants --search-only, and that something to search")
     return args
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Run a command line; exit code 0, 1 (training failed), 2 (wrong input), 130 or 143 (stopped)."""
-    argv = sys.argv[1:] if argv is None else argv
     if RANK:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt(128 + number)
@@ -948,10 +946,13 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{len(results)} seeds: test accuracy {accuracy.mean():.2f} ± {accuracy.std():.2f} %")
         return 0
     except (InputError, OSError, ArithmeticError, torch.cuda.OutOfMemoryError) as e:
+        if RANK:
+            time.sleep(5)  # where rank 0 has failed too, and said so, torchrun ends this process now
         print("error:", str(e).splitlines()[0], file=sys.stderr)
         return 2 if isinstance(e, (InputError, OSError)) else 1
     except KeyboardInterrupt as e:
-        print(f"\nstopped; go on with: python {shlex.join([sys.argv[0], *argv])} --resume", file=sys.stderr)
+        if RANK == 0:
+            print("\nstopped; go on with the same command and --resume", file=sys.stderr)
         return e.args[0]
     finally:
         if dist.is_initialized():
@@ -959,4 +960,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

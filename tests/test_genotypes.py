@@ -232,6 +232,14 @@ def test_depthwise_convolution_equals_the_plain_one(k, stride, dilation, size):
     torch.testing.assert_close(torch.autograd.grad(ours(x), x, upstream)[0], plain[0])
 
 
+def test_depthwise_convolution_learns_under_autocast_of_the_cpu():
+    conv, x = DepthwiseConv(4, 5, dilation=2), torch.randn(2, 4, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = conv(x)
+    out.square().sum().backward()
+    assert out.dtype == torch.bfloat16 and conv.weight.grad.dtype == torch.float32
+
+
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     x = torch.rand(20_000, 2, 3, 1) + 0.5
     for prob in (0.2, 0.75):

@@ -81,7 +81,10 @@ def end(process: subprocess.Popen, out: Path) -> None:
         if not processes(str(out)):
             return
         time.sleep(0.1)
-    raise AssertionError(f"processes {processes(str(out))} live on")
+    left = processes(str(out))
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left, "processes live on"
 
 # -------- What a run leaves, and that nothing is overwritten ------------------------------------------------
 
@@ -122,6 +125,7 @@ def test_stages_hand_over_files_and_their_epochs_follow_one_another(script, done
     own, darts = dha.load_checkpoint(done)["seconds"]["policy"], result(done / "darts")
     for key in ("seconds", "search_seconds"):  # Faster AutoAugment's time is search
         assert result(done)[key] == pytest.approx(own + darts[key])
+    assert (result(done)["epochs"], result(done)["search_epochs"]) == (3 + 4, 3 + 2)
 
 @only("sequential dha")
 def test_sequential_dha_trains_what_its_first_stage_found(script, tmp_path):
@@ -134,7 +138,8 @@ def test_sequential_dha_trains_what_its_first_stage_found(script, tmp_path):
     assert found == common.parse_genotype(second["genotype"])
     assert found == common.load_genotype(tmp_path / "run" / "genotype.json")
     assert [record["stage"] for record in lines(tmp_path / "run")] == ["search", "search", "train"]
-    assert result(tmp_path / "run")["method"] == "Sequential DHA"
+    said = result(tmp_path / "run")
+    assert (said["method"], said["epochs"], said["search_epochs"]) == ("Sequential DHA", 3, 2)
 
 def test_a_finished_run_is_evaluated_and_stays_as_it_is(script, done, tmp_path, capsys, one_line):
     before = contents(done)
@@ -207,7 +212,7 @@ def test_stopped_after_every_checkpoint_it_ends_the_same(script, done, tmp_path,
     for number in range(len(lines(done))):
         assert script.run("--out", out, "--resume") == 128 + SIGNALS[number % 2]
         said = capsys.readouterr().err
-        assert "go on with: " in said and f"--out {out} --resume" in said
+        assert "; go on with the same command and --resume\n" in said
     monkeypatch.undo()
     assert script.run("--out", out, "--resume") == 0
     assert_same(out, done)
@@ -226,8 +231,7 @@ def test_a_process_holds_its_directory_and_goes_on_after_a_signal(script, done, 
         os.kill(pid, signal.SIGCONT)
     said = process.stdout.read()
     assert process.wait(60) == 128 + number and "Traceback" not in said and "error" not in said
-    last = said.rstrip().splitlines()[-1]
-    assert re.search(f"^stopped; go on with: python .*{Path(script.module.__file__).name} .*--resume$", last)
+    assert said.endswith("\nstopped; go on with the same command and --resume\n")
     assert not processes(str(out))
     assert script.run("--out", out, "--resume") == 0
     assert_same(out, done)
@@ -319,7 +323,7 @@ def test_a_stage_that_fails_or_is_killed_stops_the_pipeline(script, tmp_path, ca
     assert script.run("--out", tmp_path / "run") == 1
     *_, first, last = capsys.readouterr().err.splitlines()
     assert first.endswith("error: division by zero")
-    assert last.startswith("error: stage search ended with exit code 1") and "go on with: " in last
+    assert last.startswith("error: stage search ended with exit code 1") and "and --resume" in last
     assert not (tmp_path / "run" / "train").exists() and not (tmp_path / "run" / "result.json").exists()
     monkeypatch.setattr(StagesInProcess, "call", lambda *args: -signal.SIGKILL)
     assert script.run("--out", tmp_path / "run", "--resume") == 137
@@ -343,7 +347,9 @@ def test_a_directory_in_use_is_one_line(script, done, copy, tmp_path, capsys):
 HARMS = [("config.json", lost) for lost in ("args", "dataset", "limit_test", "data_dir")]
 HARMS += [(name, content) for name in ("config.json", "the other") for content in (b"garbage", b"[]", b"")]
 
-@pytest.mark.parametrize("mode, other", [("--resume --out", "result.json"), ("--gpu -1 --evaluate", "model.pt")])
+MODES = [("--resume --out", "result.json"), ("--gpu -1 --evaluate", "model.pt")]
+
+@pytest.mark.parametrize("mode, other", MODES)
 @pytest.mark.parametrize("name, harm", HARMS)
 def test_a_damaged_run_is_one_line(script, copy, mode, other, name, harm, one_line):
     name = other if name == "the other" else name
@@ -384,7 +390,7 @@ OWN = {
     "baseline": """--method autoaugment | --processes 0 | --faa-epochs 0 | --faa-images 3 | --faa-batch-size 7
 --faa-batch-size 2 | --faa-lr -1 | --policy-lr nan | --class-weight -1 | --critic-weight inf | --penalty -10
 --depth 39 | --depth 4 | --width 0 | --sub-policies 0 | --stages 0 | --search-channels 3 | --tau-lr 0.1
---no-da | --limit-train 3 | --train-epochs 0 | --compare {broken}/nothing | --compare {broken}""",
+--no-da | --limit-train 3 | --train-epochs 0 | --policy none | --policy=none | --compare {broken}/nothing | --compare {broken}""",
     "sequential dha": "--lr 5 | --weight-decay 0.1 | --search-channels 4 | --train-epochs 0",
 }
 CASES = [(name, f"{OWN[name]} | {BAD * (name != 'sequential dha')}") for name in OWN]
@@ -446,13 +452,14 @@ def test_constraints_hold_and_metrics_name_what_was_trained(script, tmp_path, mo
     monkeypatch.setattr(dha, "train_step", train_step)
     for out in (tmp_path / "free", tmp_path / "limited"):
         trained.clear()
-        flags = ["--seed", "1", "--arch-lr", "0.3", "--search-epochs", "5", *limits, "--out", out]
+        flags = ["--seed", "1", "--arch-lr", "0.3", "--search-epochs", "4", *limits, "--out", out]
         assert script.run(*flags) == 0
         supports = [record["support"] for record in lines(out)]
         assert supports == trained[::2] == trained[1::2]  # two steps an epoch
-        assert supports[4] == supports[5] and (limits or supports[0] != supports[1])
+        assert supports[3] == supports[4] and (limits or supports[0] != supports[1])
         edges = [tuple(edge) for node in supports[0] for edge in node]
-        net = dha.SparseSupernet(4, 10, 3).keep(common.Genotype(edges[:8], [2, 3, 4, 5], edges[8:], [2, 3, 4, 5]))
+        genotype = common.Genotype(edges[:8], [2, 3, 4, 5], edges[8:], [2, 3, 4, 5])
+        net = dha.SparseSupernet(4, 10, 3).keep(genotype)
         first = {"params": common.count_parameters(net), "flops": common.count_flops(net, 32)}
         limits = ["--max-params", first["params"], "--max-flops", first["flops"]]
     assert all(result(out)[name] <= first[name] for name in first)
@@ -507,7 +514,12 @@ def pretend(out: Path, script, argv: str, **numbers) -> Path:
     """What --compare reads of a run with this command line."""
     args = vars(script.parse_args(argv.split()))
     said = {"method": script.__name__, "dataset": args["dataset"], "test_accuracy": 90.0, "params": 1.5e6}
-    out.mkdir(parents=True)
+    for name, module in {"darts": joint, "train": dha}.items() if script is baseline else ():
+        if (name == "train") == (args["method"] == "dha"):
+            (out / name).mkdir(parents=True)
+            flags = ["--preset", args["preset"], *args["rest"], "--out", str(out / name)]
+            (out / name / "config.json").write_text(json.dumps({"args": vars(module.parse_args(flags))}))
+    out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps({"args": args}))
     said |= {"seconds": 7200.0, "search_seconds": 3600.0} | numbers
     (out / "result.json").write_text(json.dumps(said))
@@ -529,6 +541,11 @@ def test_compare_has_a_row_for_every_method_and_data_set(tmp_path, capsys):
 @pytest.mark.parametrize("script, base, flags, rows", [
     (dha, "--preset quick", ["", "--lr 0.01", "--lr 1e-2 --seed 3"], {"lr 0.05": "1", "lr 0.01": "2"}),
     (dha, "--dataset folder", ["", "--data-dir x"], {"data_dir data": "1", "data_dir x": "1"}),
+    (dha, "--dataset shapes --seed 1", ["", "--preset paper", "--lr 0.025"], {"": "3"}),
+    (baseline, "--method dha --preset quick", ["--lr 0.01 --lasso 1e-5", "--lr=1e-2", "--seed 2", "--lr 0.05"],
+     {"lr 0.05": "2", "lr 0.01": "2"}),
+    (baseline, "--method darts", ["", "--genotype DARTS_V2", "--genotype DARTS_V2 --train-epochs 600"],
+     {"genotype None": "1", f"genotype {common.GENOTYPES['DARTS_V2']}": "2"}),
 ])  # fmt: skip
 def test_compare_splits_rows_by_values_that_differ(script, base, flags, rows, tmp_path, capsys):
     for number, more in enumerate(flags):
@@ -552,6 +569,16 @@ def test_compare_passes_over_searches_and_reports_damage(tmp_path, capsys, one_l
 # -------- Several processes ---------------------------------------------------------------------------------
 
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2"
+
+@only("joint", "dha")
+def test_an_error_of_another_rank_alone_is_one_line(script, tmp_path, one_line, monkeypatch):
+    waits = []
+    monkeypatch.setattr(script.module, "RANK", 1)
+    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    assert script.run("--data-dir", tmp_path / "nothing") == 2
+    assert "nothing" in one_line() and waits == [5]
 
 @pytest.mark.slow
 @only("joint", "dha")
