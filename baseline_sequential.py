@@ -740,7 +740,7 @@ def parse_args(argv: list[str], saved: dict = {}) -> argparse.Namespace:
     add("--penalty", type=float, default=10.0, help="weight of the gradient penalty")
     add("--depth", type=int, default=40, help="layers of the WideResNet, 6 n + 4")
     add("--width", type=int, default=2, help="its width")
-    quick = dict(dataset="shapes", faa_epochs=8, faa_batch_size=64, depth=10, width=1, policy_lr=1e-2)
+    quick = dict(dataset="shapes", faa_epochs=6, faa_batch_size=64, depth=10, width=1, policy_lr=1e-2)
     args, rest = parser.settings(argv, quick, saved)
     args.rest = rest or saved.get("rest", [])
     if any(word.partition("=")[0] == "--policy" for word in rest):
