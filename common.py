@@ -366,7 +366,10 @@ class PointwiseConv(nn.Conv2d):
         return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
 
 def _conv_bn(c_in: int, c_out: int, k: int, stride: int = 1, affine: bool = True) -> list[nn.Module]:
-    conv = PointwiseConv(c_in, c_out) if k == 1 else nn.Conv2d(c_in, c_out, k, stride, (k - 1) // 2, bias=False)
+    if k == 1:
+        conv = PointwiseConv(c_in, c_out)
+    else:
+        conv = nn.Conv2d(c_in, c_out, k, stride, padding=(k - 1) // 2, bias=False)
     return [conv, nn.BatchNorm2d(c_out, affine=affine)]
 
 def relu_conv_bn(c_in: int, c_out: int, affine: bool = True) -> nn.Sequential:
