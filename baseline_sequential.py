@@ -67,7 +67,7 @@ def per_image(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
 
 def straight_through(value: Tensor, source: Tensor) -> Tensor:
-    """`value`; its gradient goes to `source`, as if that had been added (Faster AutoAugment)."""
+    """`value` forwards; the gradient skips it and goes to `source` unchanged (straight-through estimator)."""
     return value.detach() + (source - source.detach())
 
 def warp(images: Tensor, row_x: tuple, row_y: tuple) -> Tensor:
@@ -209,7 +209,8 @@ class Policy(nn.Module):
     """An augmentation policy, differentiable: images float (B, 3, H, W) in [0, 1] to the same.
     z, p, mu: (L, K, 16) each, so 3 * 16 * K * L parameters: for every sub-policy, stage and operation the
     logit of its selection, the probability that it is applied, and its magnitude in [0, 1]. Every image draws
-    one sub-policy. eta: temperature of the selection."""
+    one sub-policy, and a sign for the magnitude of each operation in SIGNED (AutoAugment negates at random).
+    eta: temperature of the selection."""
     def __init__(self, sub_policies: int = 10, stages: int = 2, eta: float = 0.05):
         super().__init__()
         shape = (sub_policies, stages, len(AUGMENTATIONS))
@@ -698,7 +699,7 @@ class Parser(argparse.ArgumentParser):
         add("--out", help="run directory; None: runs/<script>-<dataset>-seed<seed>")
         add("--resume", action="store_true", help="go on with the run in --out, or start it if there is none")
         add("--evaluate", metavar="DIR", help="print the test accuracy of the finished run in DIR and stop")
-        add("--check", action="store_true", help="check flags and data, write nothing, and stop")
+        add("--check", action="store_true", help="check flags and data, start no run, and stop")
         add("--gpu", type=int, help="GPU number, -1 for the CPU; None: 0 if there is one")
         add("--amp", action="store_true", help="bfloat16 autocast (GPU only)")
 

@@ -45,7 +45,7 @@ import common
 from common import PRIMITIVES, Data, FactorizedReduce, Genotype, InputError
 
 # -------- Augmentations: batched, differentiable, one magnitude an image ------------------------------------
-#
+# DHA takes no gradient through them: what is said of gradients is for joint_darts_faa.py, whose copy this is.
 # images (B, 3, H, W) float in [0, 1]; magnitude (B,) in [0, 1], in [-1, 1] for those in SIGNED. Where an
 # operation has a magnitude, 0 is the identity. The input is never modified; the result lies in [0, 1].
 
@@ -54,7 +54,7 @@ def per_image(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
 
 def straight_through(value: Tensor, source: Tensor) -> Tensor:
-    """`value`; its gradient goes to `source`, as if that had been added (Faster AutoAugment)."""
+    """`value` forwards; the gradient skips it and goes to `source` unchanged (straight-through estimator)."""
     return value.detach() + (source - source.detach())
 
 def warp(images: Tensor, row_x: tuple, row_y: tuple) -> Tensor:
@@ -262,7 +262,7 @@ def ista(A: Tensor, b: Tensor, lam: float, tolerance: float = 1e-9, rounds: int 
     raise ArithmeticError(f"ISTA did not converge, KKT residual {float(kkt.max()):.1e}: try another --lasso")
 
 NODES = 4  # intermediate nodes of a cell; node j reads the states 0..j+1: 14 edges
-OPS = PRIMITIVES[1:]  # without "none"
+OPS, M = PRIMITIVES[1:], 7  # without "none"; M: numbers of a node's b, as many as operations by chance
 
 def select_support(alpha: Tensor) -> list[list[tuple[str, int]]]:
     """alpha (8, 35), entry 7 * state + operation, to what each of the 8 nodes keeps: two (operation, state).
@@ -271,9 +271,12 @@ def select_support(alpha: Tensor) -> list[list[tuple[str, int]]]:
     states = [strength[k, : k % NODES + 2].topk(2).indices.sort().values.tolist() for k in range(2 * NODES)]
     return [[(OPS[op[k, state]], state) for state in states[k]] for k in range(2 * NODES)]
 
+def norms(op: nn.Module) -> list[nn.BatchNorm2d]:
+    return [module for module in op.modules() if isinstance(module, nn.BatchNorm2d)]
+
 class SparseCell(nn.Module):
-    """A DARTS cell with all candidate operations, of which a forward pass touches two a node.
-    Each ends in a batch norm. Until a node is frozen, its norms have no affine part: that stays 1 and 0."""
+    """A DARTS cell with all candidates; two a node run. c_before, c_in: channels of s0, s1; halved: s0 has
+    twice s1's size. Candidates end in a batch norm; its weight and bias stay 1 and 0 until the node freezes."""
     def __init__(self, c_before: int, c_in: int, channels: int, reduction: bool, halved: bool):
         super().__init__()
         build = FactorizedReduce if halved else common.relu_conv_bn
@@ -302,9 +305,6 @@ class SparseCell(nn.Module):
             states.append(total)
         return torch.cat(states[2:], 1)  # (B, 4 channels, H, W)
 
-def norms(op: nn.Module) -> list[nn.BatchNorm2d]:
-    return [module for module in op.modules() if isinstance(module, nn.BatchNorm2d)]
-
 class SparseSupernet(nn.Module):
     """ISTA-NAS' one-stage supernet: 14 edges x 7 operations of every cell exist, only the support's ever run.
     Input: normalised images (B, 3, H, W). Output: logits (B, num_classes); with `auxiliary`, in training, the
@@ -325,14 +325,14 @@ class SparseSupernet(nn.Module):
             if i == self.auxiliary_at and auxiliary:
                 self.auxiliary = common.auxiliary_head(c_in, num_classes)
         self.classifier = nn.Linear(c_in, num_classes)
-        A = torch.rand(2 * NODES, 7, len(OPS) * (NODES + 1))
+        A = torch.rand(2 * NODES, M, len(OPS) * (NODES + 1))
         for k in range(2 * NODES):
             A[k, :, len(OPS) * (k % NODES + 2) :] = 0
         self.register_buffer("A", A)
         self.register_buffer("alpha", torch.zeros(2 * NODES, A.shape[2]))
-        self.register_buffer("A_S", torch.zeros(2 * NODES, 7, 2))
+        self.register_buffer("A_S", torch.zeros(2 * NODES, M, 2))
         self.register_buffer("alpha_S", torch.zeros(2 * NODES, 2))
-        self.b = nn.ParameterList(b_scale * torch.randn(7) for _ in range(2 * NODES))
+        self.b = nn.ParameterList(b_scale * torch.randn(M) for _ in range(2 * NODES))
         self.frozen, self.support = [False] * (2 * NODES), [[]] * (2 * NODES)
         self.recover()
 
@@ -350,15 +350,15 @@ class SparseSupernet(nn.Module):
         return logits if auxiliary is None else (logits, auxiliary)
 
     def strength(self, k: int) -> Tensor:
-        """The weights of node k's two operations, (2,), with their gradient to b."""
+        """Node k's two weights, (2,), a function of b. A_S (7, 2), alpha_S (2,): A, alpha on the support."""
         A_S, alpha_S = self.A_S[k], self.alpha_S[k]
         E_alpha = A_S.T @ (A_S @ alpha_S) - alpha_S  # E = A^T A - I
         return A_S.T @ self.b[k] - E_alpha  # b^T A - alpha^T E (section 2.3)
 
     @torch.no_grad()
     def recover(self, lam: float = 1e-5, accept=lambda: True) -> list[float]:
-        """Solve Eq. (4) for the nodes that are not frozen; their strongest operations become the support.
-        Returns how far every alpha moved; [] where accept() refuses the new support: then all stays."""
+        """Solve Eq. (4) for the nodes that are not frozen; their strongest operations become self.support.
+        accept() then looks at it. Returns how far every alpha moved; [] if refused: then all is as before."""
         live = [k for k in range(2 * NODES) if not self.frozen[k]]
         alpha, before = self.alpha.clone(), self.support
         alpha[live] = ista(self.A[live], torch.stack([self.b[k] for k in live]), lam)
@@ -387,7 +387,7 @@ class SparseSupernet(nn.Module):
         for i, op in enumerate(self.operations(k)):
             norms(op)[-1].weight.mul_(self.strength(k)[i % 2])
             op.requires_grad_(True)
-        self.frozen[k] = True
+        self.frozen[k], self.b[k].grad = True, None  # without a gradient Adam leaves b alone
 
     def keep(self, genotype: Genotype) -> SparseSupernet:
         """Prune: of the operations the genotype's stay, and nothing to search. Returns itself."""
@@ -461,26 +461,6 @@ class DHA:
         self.lr, self.wd = (torch.tensor(x, device=device) for x in (args.lr, args.weight_decay))
         self.mean, self.std = common.mean_std(data.train_images)
 
-    def state_dict(self) -> dict:
-        state = {"tau": self.tau.detach(), "lr": self.lr, "wd": self.wd, "net": self.net.state_dict()}
-        state |= {"support": self.net.support, "frozen": self.net.frozen}
-        state |= {"velocity": [self.velocity.get(p) for p in self.theta]}
-        return state | {"b_optimizer": self.b_optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.b_optimizer.load_state_dict(state["b_optimizer"])
-        self.net.support = state["support"]
-        for k in range(2 * NODES):
-            if state["frozen"][k] and not self.net.frozen[k]:
-                self.net.freeze(k)
-        if all(self.net.frozen):
-            self.theta = list(self.net.keep(self.net.genotype()).parameters())
-        self.net.load_state_dict(state["net"])
-        for mine, saved in ((self.tau.data, state["tau"]), (self.lr, state["lr"]), (self.wd, state["wd"])):
-            mine.copy_(saved)
-        pairs = [(p, v) for p, v in zip(self.theta, state["velocity"]) if v is not None]
-        self.velocity = {p: torch.zeros_like(p).copy_(v) for p, v in pairs}
-
 def train_step(s: DHA, images: Tensor, labels: Tensor, args: argparse.Namespace) -> Tensor:
     """One iteration on uint8 images (B, 3, H, W), labels (B,). Returns (loss, accuracy in %), detached."""
     x = common.random_crop_flip(images).float() / 255
@@ -504,7 +484,7 @@ def train_step(s: DHA, images: Tensor, labels: Tensor, args: argparse.Namespace)
     average_gradients([*theta, *s.net.b, s.tau])
 
     if not args.no_da:
-        s.tau.data -= args.tau_lr * WORLD * s.tau.grad  # Eq. (2) is a sum over the images of all processes
+        s.tau.data -= args.tau_lr * WORLD * s.tau.grad  # Eq. (2) is a sum, average_gradients took the mean
     s.b_optimizer.step()
     both = [p for p in s.velocity if p.grad is not None]  # theta+: moved in the last step, used in this
     if both and not args.no_hpo:
@@ -589,12 +569,32 @@ def start(args: argparse.Namespace, data: Data, device: torch.device) -> DHA:
             nn.init.normal_(b, std=args.b_scale)
     raise InputError("no architecture to start with keeps --max-params and --max-flops: raise them")
 
+def state_of(s: DHA) -> dict:
+    state = {"tau": s.tau.detach(), "lr": s.lr, "wd": s.wd, "net": s.net.state_dict()}
+    state |= {"support": s.net.support, "frozen": s.net.frozen}
+    state |= {"velocity": [s.velocity.get(p) for p in s.theta]}
+    return state | {"b_optimizer": s.b_optimizer.state_dict()}
+
+def restore(s: DHA, state: dict) -> None:
+    s.net.support = state["support"]
+    for k in range(2 * NODES):
+        if state["frozen"][k] and not s.net.frozen[k]:
+            s.net.freeze(k)
+    if all(s.net.frozen):
+        s.theta = list(s.net.keep(s.net.genotype()).parameters())
+    s.net.load_state_dict(state["net"])
+    for mine, saved in ((s.tau.data, state["tau"]), (s.lr, state["lr"]), (s.wd, state["wd"])):
+        mine.copy_(saved)
+    pairs = [(p, v) for p, v in zip(s.theta, state["velocity"]) if v is not None]
+    s.velocity = {p: torch.zeros_like(p).copy_(v) for p, v in pairs}
+    s.b_optimizer.load_state_dict(state["b_optimizer"])
+
 def search_and_train(s: DHA, args: argparse.Namespace, data: Data, run: argparse.Namespace) -> None:
     """At most --search-epochs until every node is frozen, then --train-epochs with the same weights."""
     images, labels, device = data.train_images, data.train_labels, data.train_images.device
     fits = partial(within_limits, s.net, args, images.shape[-1])
     if run.history:
-        s.load_state_dict(run.state["dha"])
+        restore(s, run.state["dha"])
     searched = sum(record["phase"] == "search" for record in run.history)
     while not all(s.net.frozen) or len(run.history) < searched + args.train_epochs:
         begun, epoch, phase = time.time(), len(run.history), "train" if all(s.net.frozen) else "search"
@@ -634,7 +634,7 @@ def search_and_train(s: DHA, args: argparse.Namespace, data: Data, run: argparse
             if all(s.net.frozen):
                 s.theta = list(s.net.keep(s.net.genotype()).parameters())
             searched += 1
-        end_epoch(run, record, begun, dha=s.state_dict())
+        end_epoch(run, record, begun, dha=state_of(s))
 
 @torch.no_grad()
 def evaluate(net: nn.Module, images: Tensor, labels: Tensor, mean: Tensor, std: Tensor) -> float:
@@ -774,7 +774,6 @@ def run_dha(args: argparse.Namespace, device: torch.device) -> dict:
     search_and_train(s, args, data, run)
     if RANK:
         return {}
-
     net, genotype, size = s.net, s.net.genotype(), data.train_images.shape[-1]
     net.auxiliary = None
     method = "given genotype" if args.genotype else "DHA"
@@ -861,6 +860,7 @@ def draw_dha(out: Path, history: list[dict], genotype: Genotype, p: Tensor | Non
                 axis.text(r["epoch"], y + 0.5, state, ha="center", va="center", fontsize=8)
         figure.colorbar(image, ticks=range(7)).ax.set_yticklabels(OPS)
         axis.set_yticks(range(1, 17, 2), [f"{cell} {j}" for cell in ("normal", "reduce") for j in range(4)])
+        axis.locator_params(axis="x", integer=True)
         axis.set(xlabel="epoch", ylim=(16, 0), title="Support of every node (number: the state that is read)")
         figure.savefig(out / "support.png", dpi=150)
         plt.close("all")
@@ -887,7 +887,7 @@ class Parser(argparse.ArgumentParser):
         add("--out", help="run directory; None: runs/<script>-<dataset>-seed<seed>")
         add("--resume", action="store_true", help="go on with the run in --out, or start it if there is none")
         add("--evaluate", metavar="DIR", help="print the test accuracy of the finished run in DIR and stop")
-        add("--check", action="store_true", help="check flags and data, write nothing, and stop")
+        add("--check", action="store_true", help="check flags and data, start no run, and stop")
         add("--gpu", type=int, help="GPU number, -1 for the CPU; None: 0 if there is one")
         add("--amp", action="store_true", help="bfloat16 autocast (GPU only)")
 

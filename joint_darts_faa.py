@@ -57,7 +57,7 @@ def per_image(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
 
 def straight_through(value: Tensor, source: Tensor) -> Tensor:
-    """`value`; its gradient goes to `source`, as if that had been added (Faster AutoAugment)."""
+    """`value` forwards; the gradient skips it and goes to `source` unchanged (straight-through estimator)."""
     return value.detach() + (source - source.detach())
 
 def warp(images: Tensor, row_x: tuple, row_y: tuple) -> Tensor:
@@ -209,7 +209,8 @@ class Policy(nn.Module):
     """An augmentation policy, differentiable: images float (B, 3, H, W) in [0, 1] to the same.
     z, p, mu: (L, K, 16) each, so 3 * 16 * K * L parameters: for every sub-policy, stage and operation the
     logit of its selection, the probability that it is applied, and its magnitude in [0, 1]. Every image draws
-    one sub-policy. eta: temperature of the selection."""
+    one sub-policy, and a sign for the magnitude of each operation in SIGNED (AutoAugment negates at random).
+    eta: temperature of the selection."""
     def __init__(self, sub_policies: int = 10, stages: int = 2, eta: float = 0.05):
         super().__init__()
         shape = (sub_policies, stages, len(AUGMENTATIONS))
@@ -283,18 +284,19 @@ class MixedOp(nn.Module):
     def __init__(self, channels: int, stride: int):
         super().__init__()
         build = lambda name: common.operation(name, channels, stride, affine=False)
-        convolutions = [build(name)[1:] for name in PRIMITIVES[4:]]  # without the ReLU, which is shared
+        convolutions = [build(name)[1:] for name in PRIMITIVES[4:]]  # without the first ReLU, which is shared
         self.ops = nn.ModuleList([nn.Identity(), nn.Identity(), build("skip_connect"), *convolutions])
 
     def forward(self, inputs: list[Tensor], weights: Tensor, node: Tensor) -> Tensor:
         """node + sum_f weights_f f(x), (B, C, H, W). inputs: what `Outgoing` makes of x; weights (8,): the
-        softmax of the edge's alpha; node: the sum so far."""
+        softmax of the edge's alpha; node: the sum of the edges before, torch.zeros(()) for the first."""
         for weight, f, x in zip(weights[1:], self.ops, inputs, strict=True):
             node = torch.addcmul(node, weight, f(x))  # Eq. (5)
         return node
 
 class DartsCell(nn.Module):
-    """A cell whose 14 edges all carry the mixed operation. Inputs: the outputs of the two cells before."""
+    """A cell whose 14 edges all carry the mixed operation. s0 (B, c_before, H, W), of twice that size if
+    `halved`, and s1 (B, c_in, H, W): the outputs of the two cells before."""
     def __init__(self, c_before: int, c_in: int, channels: int, reduction: bool, halved: bool):
         super().__init__()
         build = FactorizedReduce if halved else common.relu_conv_bn
@@ -387,7 +389,7 @@ class JointSearch:
         self.policy = None if args.policy else Policy(args.sub_policies, args.stages).to(device)
         self.upper = self.alphas + (list(self.policy.parameters()) if self.policy else [])  # moved by Eq. (9)
         w_optimizer = torch.optim.SGD(self.weights, args.lr, momentum=0.9, weight_decay=args.weight_decay)
-        self.parts = {"net": self.net, "w": w_optimizer}
+        self.parts = {"net": self.net, "w": w_optimizer}  # all that a checkpoint holds; w, alpha: optimizers
         if self.alphas:
             self.parts["alpha"] = torch.optim.Adam(self.alphas, args.arch_lr, (0.5, 0.999), weight_decay=1e-3)
         if self.policy:
@@ -823,10 +825,11 @@ def draw_joint(out: Path, history: list[dict], genotype: Genotype, images: Tenso
     plt = draw_run(out, history, genotype, panels)
     search = [r for r in history if "selection" in r]
     if plt and search:  # Figure 2, and below it what the paper says of its part c
-        figure, axes = plt.subplots(2, 1, figsize=(9, 6.4), height_ratios=(3, 1), layout="constrained")
+        shape = {"height_ratios": (3, 1), "figsize": (9, 6.4), "layout": "constrained"}
+        figure, axes = plt.subplots(2, 1, sharex=True, **shape)
         epochs, shares = [r["epoch"] for r in search], [r["selection"].values() for r in search]
         axes[0].stackplot(epochs, *zip(*shares), labels=list(AUGMENTATIONS), colors=plt.cm.tab20.colors)
-        axes[0].set(ylim=(0, 1), xticks=[], title="Selection of each operation, mean over the policy")
+        axes[0].set(ylim=(0, 1), title="Selection of each operation, mean over the policy")
         axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
         cells = [common.parse_genotype(r["genotype"]) for r in search]
         edges = [{(cell, i // 2, e) for cell in (0, 2) for i, e in enumerate(g[cell])} for g in cells]
@@ -858,7 +861,7 @@ class Parser(argparse.ArgumentParser):
         add("--out", help="run directory; None: runs/<script>-<dataset>-seed<seed>")
         add("--resume", action="store_true", help="go on with the run in --out, or start it if there is none")
         add("--evaluate", metavar="DIR", help="print the test accuracy of the finished run in DIR and stop")
-        add("--check", action="store_true", help="check flags and data, write nothing, and stop")
+        add("--check", action="store_true", help="check flags and data, start no run, and stop")
         add("--gpu", type=int, help="GPU number, -1 for the CPU; None: 0 if there is one")
         add("--amp", action="store_true", help="bfloat16 autocast (GPU only)")
 

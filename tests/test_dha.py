@@ -385,6 +385,13 @@ def test_a_frozen_node_is_left_alone(monkeypatch):
         assert moved[k] == pytest.approx(float((s.net.alpha[k] - alpha[k]).norm()), rel=1e-5)
     assert [s.net.support[k] for k in (2, 5)] == [support[k] for k in (2, 5)]
     assert s.net.support != support
+    steps(s, data, args, 1)
+    for k in live:
+        s.net.freeze(k)
+    b = [p.detach().clone() for p in s.net.b]
+    s.theta = list(s.net.keep(s.net.genotype()).parameters())
+    steps(s, data, args, 2)
+    assert all(map(torch.equal, s.b_optimizer.param_groups[0]["params"], b))
 
 
 def saved_bytes(net, x):
@@ -500,9 +507,9 @@ def test_state_goes_on_bit_for_bit(frozen, tmp_path):
     if frozen == "all":
         freeze_all(s)
     steps(s, data, args, 2)
-    torch.save(s.state_dict(), tmp_path / "state.pt")
+    torch.save(dha.state_of(s), tmp_path / "state.pt")
     other = build(7)
-    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    dha.restore(other, torch.load(tmp_path / "state.pt", weights_only=True))
     (mine, moved), (theirs, moved_too) = go_on(s), go_on(other)
     assert all(torch.equal(a, b) for a, b in zip(mine, theirs)) and moved == moved_too
     assert other.net.support == s.net.support and other.net.frozen == s.net.frozen

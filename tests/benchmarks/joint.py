@@ -1,6 +1,6 @@
 """What a step of the joint search costs beside the step as it is commonly written.
 
-    python tests/benchmarks/joint.py                                 # C=16 L=8 batch 64, 5 minutes on 2 cores
+    python tests/benchmarks/joint.py                                 # C=16 L=8 batch 64, 10 minutes on 2 cores
     python tests/benchmarks/joint.py --channels 8 --layers 5 --batch-size 32
 
 The sides take turns, a fresh process each time, which makes one step to warm up and times the next ones.
@@ -86,7 +86,7 @@ def main():
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1, help="timed steps of a process")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of a process")
     parser.add_argument("--side", choices=SIDES, help="one side, in this process: seconds and GiB above idle")
     mine = parser.parse_args()
     if mine.side:
