@@ -276,7 +276,7 @@ def norms(op: nn.Module) -> list[nn.BatchNorm2d]:
 
 class SparseCell(nn.Module):
     """A DARTS cell with all candidates; two a node run. c_before, c_in: channels of s0, s1; halved: s0 has
-    twice s1's size. Candidates end in a batch norm; its weight and bias stay 1 and 0 until the node freezes."""
+    twice s1's size. A candidate ends in a batch norm, whose weight is 1 and bias 0 until the node freezes."""
     def __init__(self, c_before: int, c_in: int, channels: int, reduction: bool, halved: bool):
         super().__init__()
         build = FactorizedReduce if halved else common.relu_conv_bn
