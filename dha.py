@@ -942,7 +942,7 @@ def parse_args(argv: list[str], saved: dict = {}) -> argparse.Namespace:
     add("--freeze-distance", type=float, default=1e-3, help="a node freezes if its alpha moved no more")
     add("--max-params", type=int, help="Eq. 1: reject supports whose network has more parameters")
     add("--max-flops", type=int, help="Eq. 1: reject supports with more multiply-adds an image")
-    quick = dict(dataset="shapes", search_epochs=3, train_epochs=5, channels=8, layers=3, batch_size=64)
+    quick = dict(dataset="shapes", search_epochs=3, train_epochs=4, channels=8, layers=3, batch_size=64)
     quick |= dict(lr=0.05, beta_lr=3e-4, beta_wd=1e-3, tau_lr=0.25, arch_lr=3e-3, b_scale=0.1, drop_path=0.0)
     quick |= dict(auxiliary_weight=0.0, cutout=0)
     args, rest = parser.settings(argv, quick, saved)

@@ -911,7 +911,7 @@ def parse_args(argv: list[str], saved: dict = {}) -> argparse.Namespace:
     add("--auxiliary-weight", type=float, default=0.4, help="loss weight of the auxiliary head")
     add("--drop-path", type=float, default=0.2, help="drop-path probability at the end of training")
     add("--cutout", type=int, default=16, help="side of the cutout square in pixels")
-    quick = dict(dataset="shapes", search_epochs=4, search_images=1024, search_channels=8, search_layers=3)
+    quick = dict(dataset="shapes", search_epochs=4, search_images=768, search_channels=8, search_layers=3)
     quick |= dict(arch_lr=3e-3, policy_lr=1e-2, train_epochs=4, batch_size=64, channels=8, layers=3, lr=0.1)
     quick |= dict(auxiliary_weight=0.0, drop_path=0.0, cutout=0)
     args, rest = parser.settings(argv, quick, saved)
