@@ -385,14 +385,14 @@ def load_data(args: argparse.Namespace, device: torch.device) -> Data:
     """The data set of the flags, on the device. Raises InputError where nothing can be trained on it."""
     if RANK:
         dist.barrier()  # one process downloads while the others wait
-    names = "dataset data_dir image_size limit_train limit_test workers".split()
+    names = "dataset data_dir image_size limit_train limit_test workers seed cache_gb skip_damaged".split()
     data = common.load_data(*(getattr(args, name) for name in names))
     if WORLD > 1 and RANK == 0:
         dist.barrier()
     H, W = data.train_images.shape[-2:]
     if H != W or len(data.classes) < 2 or len(data.train_images) < 2:
         raise InputError(f"images are {W}x{H}: --image-size makes them square; there must be 2, of 2 classes")
-    if H < 29 and getattr(args, "auxiliary_weight", 0):
+    if (H < 29 or 64 <= H < 193) and getattr(args, "auxiliary_weight", 0):  # the imagenet stem from 64 on
         raise InputError(f"{H} pixels are too few for the auxiliary head: give --auxiliary-weight 0")
     return data.to(device)
 
@@ -410,12 +410,13 @@ def search_policy(args: argparse.Namespace, data: Data, run: argparse.Namespace)
         begun, seed = time.time(), args.seed * 100_003 + epoch
         torch.manual_seed(seed * 1_009)  # every epoch: a resumed run needs no generator's state
         s.net.train()
-        order = common.batches(len(few), args.faa_batch_size, seed).to(device)
+        order = few[common.batches(len(few), args.faa_batch_size, seed).to(device)]
         meters = torch.zeros(len(order), len(MEASURED), device=device)
-        bar = progress(order, f"policy {epoch + 1}/{args.faa_epochs}")
-        for step, batch in enumerate(bar):
-            (real, other), (own, others) = few[batch].chunk(2), labels[few[batch]].chunk(2)
-            real, other = (common.random_crop_flip(images[half]).float() / 255 for half in (real, other))
+        batches = common.loader(images, labels, order, True)
+        bar = progress(batches, f"policy {epoch + 1}/{args.faa_epochs}", len(order))
+        for step, (x, y) in enumerate(bar):
+            half = len(x) // 2
+            real, other, own, others = x[:half], x[half : 2 * half], y[:half], y[half : 2 * half]
             moved = critic_step(s, real, own, other, args), policy_step(s, other, others, args)
             meters[step] = torch.cat(moved)
             if step % 20 == 19:
@@ -446,13 +447,15 @@ def stages(args: argparse.Namespace, checking: bool = False) -> dict[str, list[s
     if args.processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.processes}"]
     command += [str(Path(__file__).with_name(script)), *args.rest]
-    for name in "preset dataset data_dir image_size limit_train limit_test workers seed gpu".split():
+    names = "preset dataset data_dir image_size limit_train limit_test workers cache_gb seed gpu"
+    for name in names.split():
         if getattr(args, name) is not None:
             command += ["--" + name.replace("_", "-"), str(getattr(args, name))]
-    command += ["--amp"] * args.amp + ["--check" if checking else "--resume"]
+    command += ["--amp"] * args.amp + ["--skip-damaged"] * args.skip_damaged
+    command += ["--check" if checking else "--resume"]
     if args.method == "dha":
         search = [*command, "--no-da", "--no-hpo", "--train-epochs", "0", "--out", str(out / "search")]
-        limited = any(word.startswith(("--max-params", "--max-flops")) for word in args.rest)
+        limited = any(word.startswith(("--max-params", "--max-flops", "--space")) for word in args.rest)
         known = [] if limited else ["--genotype", "DARTS_V2"]  # which need not fit
         given = known if checking else ["--genotype", str(out / "search" / "genotype.json")]
         return {"search": search, "train": [*command, *given, "--out", str(out / "train")]}
@@ -472,7 +475,7 @@ def run_stage(name: str, command: list[str], out: Path) -> dict:
     if code:
         code = code if code > 0 else 128 - code  # killed by a signal
         raise StageFailed(f"stage {name} ended with exit code {code}, its own message is above", code)
-    return read_json(out / "result.json", "seconds", "search_seconds", "epochs", "search_epochs")
+    return read_json(out / "result.json", "seconds", "search_seconds", "gpu_hours", "epochs", "search_epochs")
 
 
 # =============================================================================
@@ -481,13 +484,10 @@ def run_stage(name: str, command: list[str], out: Path) -> dict:
 
 def save(path: Path, content: dict) -> None:
     """Write a .pt or .json file whole or not at all; keep the last checkpoint as checkpoint.previous.pt."""
-    part = path.with_name(path.name + ".part")
+    part, text = path.with_name(path.name + ".part"), path.suffix == ".json"
     try:
         with open(part, "wb") as file:
-            if path.suffix == ".pt":
-                torch.save(content, file)
-            else:
-                file.write(json.dumps(content, indent=1).encode() + b"\n")
+            file.write(json.dumps(content, indent=1).encode()) if text else torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as e:
@@ -522,15 +522,15 @@ def read_json(path: Path, *names: str) -> dict:
 def settings_of_run(args: argparse.Namespace, argv: list[str], seed: int) -> argparse.Namespace:
     """The settings of one seed, `out` among them; those of its config.json where --resume goes on with it.
     Writes nothing. Raises InputError where `out` holds something else, or a flag in argv is not the run's."""
-    script, free = Path(__file__), "out resume repeats check gpu workers data_dir".split()
+    script, free = Path(__file__), "out resume repeats check gpu workers cache_gb data_dir".split()
     out = Path(args.out or f"runs/{script.stem}-{args.dataset}-seed{seed}")
     out = out / f"seed{seed}" if args.out and args.repeats > 1 else out
     now = vars(args) | {"seed": seed, "out": str(out)}
     begun = {"metrics.jsonl", "config.json.part", script.name}  # what a run has before its config.json
     if args.resume and (out / "config.json").exists():
-        about = read_json(out / "config.json", "args", "script", "processes", *now)
-        if (about["script"], about["processes"], len(about["args"])) != (script.name, WORLD, len(now)):
-            raise InputError(f"{out} is by {about['script']}, {about['processes']} processes, or outdated")
+        about = read_json(out / "config.json", "args", "script", *now)
+        if (about["script"], len(about["args"])) != (script.name, len(now)):
+            raise InputError(f"{out} is by {about['script']}, or outdated")
         own = {"out": str(out)} if args.repeats == 1 else {"out": str(out), "seed": seed}
         now = vars(parse_args(argv, about["args"])) | own
         for name in sorted(now.keys() - free):
@@ -567,7 +567,8 @@ def open_run(args: argparse.Namespace, device: torch.device) -> argparse.Namespa
 def end_epoch(run: argparse.Namespace, record: dict, start: float, **parts: dict) -> None:
     """Print an epoch's record, append it to metrics.jsonl, and save the checkpoint with `parts`."""
     run.history.append(record)
-    run.seconds[record["phase"]] = run.seconds.get(record["phase"], 0) + time.time() - start
+    for key, count in ((record["phase"], 1), ("processes", WORLD)):
+        run.seconds[key] = run.seconds.get(key, 0.0) + count * (time.time() - start)
     if RANK == 0:
         save(run.out / "checkpoint.pt", {"history": run.history, "seconds": run.seconds} | parts)
         print(json.dumps(record), file=run.log, flush=True)
@@ -609,9 +610,10 @@ def run_baseline(args: argparse.Namespace, device: torch.device) -> dict:
             if (out / name / file).exists():
                 shutil.copyfile(out / name / file, out / file)
     methods = {"faa-darts": "Faster AA, then DARTS", "darts": "DARTS", "dha": "Sequential DHA"}
-    own = [run.seconds.get("policy", 0.0)] * 2 + [len(run.history)] * 2
+    spent = run.seconds.get("policy", 0.0)
+    own = [spent, spent, spent / 3600, len(run.history), len(run.history)]
     result = list(results.values())[-1] | {"method": methods[args.method]}
-    for key, policy in zip(("seconds", "search_seconds", "epochs", "search_epochs"), own):
+    for key, policy in zip(("seconds", "search_seconds", "gpu_hours", "epochs", "search_epochs"), own):
         result[key] = policy + sum(stage[key] for stage in results.values())
     save(out / "result.json", result)
     return result
@@ -623,7 +625,7 @@ def compare(folders: list[str]) -> str:
     runs += [path for name in folders if Path(name) not in runs for path in sorted(Path(name).glob("*"))]
     rows: dict[tuple, list] = {}
     for path in {path.resolve(): path for path in runs if (path / "result.json").exists()}.values():
-        result = read_json(path / "result.json", "method", "dataset", "params", "search_seconds", "seconds")
+        result = read_json(path / "result.json", "method", "dataset", "params", "search_seconds", "gpu_hours")
         if "test_accuracy" not in result:
             print(f"note: {path} was a search only")
             continue
@@ -631,10 +633,10 @@ def compare(folders: list[str]) -> str:
         for name, handed in (("darts", "policy"), ("train", "genotype")):  # a last stage: what `rest` came to
             if (path / name / "config.json").exists():
                 settings = read_json(path / name / "config.json", "args")["args"] | {handed: None} | settings
-        own = "preset rest seed repeats out resume check workers gpu evaluate compare".split()
+        own = "preset rest seed repeats out resume check workers cache_gb gpu evaluate compare".split()
         own += ["data_dir"] * (result["dataset"] != "folder")
         kept = {name: str(value) for name, value in sorted(settings.items()) if name not in own}
-        numbers = (result[name] for name in ("test_accuracy", "params", "search_seconds", "seconds"))
+        numbers = (result[name] for name in ("test_accuracy", "params", "search_seconds", "gpu_hours"))
         try:
             row = rows.setdefault((result["dataset"], result["method"], *kept.items()), [])
             row.append([float(number) for number in numbers])
@@ -642,14 +644,14 @@ def compare(folders: list[str]) -> str:
             raise InputError(f"cannot use {path / 'result.json'}: {e}") from e
     if not rows:
         raise InputError("there is no finished run with a test accuracy")
-    lines = ["| method | data set | seeds | accuracy (%) | parameters | search (h) | total (h) | settings |"]
+    lines = ["| method | data set | seeds | accuracy (%) | parameters | search (h) | GPU hours | settings |"]
     lines.append("|" + " --- |" * 8)
     for (dataset, method, *settings), group in sorted(rows.items()):
         accuracy, params, search, total = zip(*group)
         others = [set(row[2:]) for row in rows if row[:2] == (dataset, method)]
         differs = [" ".join(pair) for pair in settings if not all(pair in other for other in others)]
         score = f"{mean(accuracy):.2f}" + (f" ± {stdev(accuracy):.2f}" if len(group) > 1 else "")
-        size = f"{mean(params) / 1e6:.3g} M | {mean(search) / 3600:.2f} | {mean(total) / 3600:.2f}"
+        size = f"{mean(params) / 1e6:.3g} M | {mean(search) / 3600:.2f} | {mean(total):.2f}"
         lines.append(f"| {method} | {dataset} | {len(group)} | {score} | {size} | {', '.join(differs)} |")
     return "\n".join(lines)
 
@@ -678,8 +680,9 @@ def draw_run(out: Path, history: list[dict], genotype: Genotype | None, panels: 
     return plt
 
 LEAST = dict(  # the least value of flags, where it is not 1 for whole numbers and 0 for others
-    gpu=-1, seed=0, train_epochs=0, cutout=0, batch_size=2, search_batch_size=2, limit_train=2, image_size=8,
-    channels=2, search_channels=2, layers=3, search_layers=3, search_images=4, faa_images=4, faa_batch_size=4)
+    gpu=-1, seed=0, train_epochs=0, warmup_epochs=0, cutout=0, batch_size=2, search_batch_size=2,
+    limit_train=2, image_size=8, channels=2, search_channels=2, layers=3, search_layers=3, search_images=4,
+    faa_images=4, faa_batch_size=4)
 
 class Parser(argparse.ArgumentParser):
     """argparse with the flags that every script has, presets, and mistakes reported in one line."""
@@ -687,13 +690,15 @@ class Parser(argparse.ArgumentParser):
         layout = lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=34, width=110)
         super().__init__(description=doc.split("\n\n")[0], formatter_class=layout, allow_abbrev=False)
         add = self.add_argument_group("what to run, on what").add_argument
-        add("--preset", choices=["paper", "quick"], default="paper", help="settings; other flags win over it")
+        add("--preset", choices=["paper", "quick", "imagenet"], default="paper", help="other flags win")
         add("--dataset", choices=common.DATASETS, default="cifar10", help="data set")
         add("--data-dir", default="data", help="where data sets are, or are downloaded to")
         add("--image-size", type=int, help="scale images to this side; None: as they are")
         add("--limit-train", type=int, help="use only so many training images")
         add("--limit-test", type=int, help="use only so many test images")
-        add("--workers", type=int, default=4, help="threads that read image files")
+        add("--workers", type=int, default=4, help="threads or processes that read image files")
+        add("--cache-gb", type=float, default=8.0, help="photographs that fit are kept in memory (a process)")
+        add("--skip-damaged", action="store_true", help="leave out image files that cannot be read")
         add("--seed", type=int, default=0, help="seed of everything random")
         add("--repeats", type=int, default=1, help="run seeds S..S+R-1 and report mean and std")
         add("--out", help="run directory; None: runs/<script>-<dataset>-seed<seed>")
@@ -703,19 +708,22 @@ class Parser(argparse.ArgumentParser):
         add("--gpu", type=int, help="GPU number, -1 for the CPU; None: 0 if there is one")
         add("--amp", action="store_true", help="bfloat16 autocast (GPU only)")
 
-    def settings(self, argv: list[str], quick: dict, saved: dict) -> tuple[argparse.Namespace, list[str]]:
-        """What argv says, over `saved`, over `quick` if that preset is on; and what in argv is not known."""
-        if self.parse_known_args(argv)[0].preset == "quick":
-            self.set_defaults(**quick)
+    def settings(self, argv: list[str], presets: dict, saved: dict) -> tuple[argparse.Namespace, list[str]]:
+        """What argv says, over `saved`, over the presets that it chose; and what in argv is not known."""
+        first = self.parse_known_args(argv)[0]
+        for words, values in presets.items():
+            if set(words.split()) <= {first.preset, getattr(first, "space", None)}:
+                self.set_defaults(**values)
         self.set_defaults(**saved)
         args, rest = self.parse_known_args(argv)
         for name, value in vars(args).items():
-            least, end = LEAST.get(name, int(type(value) is int)), 1 if name == "drop_path" else 1e10
+            least = LEAST.get(name, int(type(value) is int))
+            end = 1 if name in ("drop_path", "label_smoothing") else 1e10
             if type(value) in (int, float) and not least <= value < end:
                 self.error(f"--{name.replace('_', '-')} must be from {least} to below {end:g}, not {value}")
         genotype = getattr(args, "genotype", None)
         if genotype and genotype != saved.get("genotype"):  # itself: a run does not depend on the file
-            args.genotype = str(common.load_genotype(genotype))
+            args.genotype = str(common.load_genotype(genotype, getattr(args, "space", "cells")))
         return args, rest
 
     def error(self, message: str) -> None:
@@ -742,7 +750,8 @@ def parse_args(argv: list[str], saved: dict = {}) -> argparse.Namespace:
     add("--depth", type=int, default=40, help="layers of the WideResNet, 6 n + 4")
     add("--width", type=int, default=2, help="its width")
     quick = dict(dataset="shapes", faa_epochs=6, faa_batch_size=64, depth=10, width=1, policy_lr=1e-2)
-    args, rest = parser.settings(argv, quick, saved)
+    presets = {"quick": quick, "imagenet": dict(dataset="imagenet")}
+    args, rest = parser.settings(argv, presets, saved)
     args.rest = rest or saved.get("rest", [])
     if any(word.partition("=")[0] == "--policy" for word in rest):
         parser.error("a baseline's policy is that of its first stage: --policy is joint_darts_faa.py's")
@@ -791,7 +800,6 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt as e:
         print("\nstopped; go on with the same command and --resume", file=sys.stderr)
         return e.args[0]
-
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

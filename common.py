@@ -10,59 +10,81 @@ from __future__ import annotations
 import ast
 import json
 import math
+import os
+import random
 import urllib.error
 from collections import namedtuple
+from collections.abc import Iterator, Sequence
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from operator import index
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message is one line that says what to do."""
 
+# -------- Data sets -----------------------------------------------------------------------------------------
+# Small images are one uint8 tensor on the training device: no worker processes, no per-image Python in the
+# training loop. Photographs are files, read once or, where they do not fit into memory, again in every epoch.
+# `loader` hides the difference.
 
-# -----------------------------------------------------------------------------
-# Data sets. A data set is a handful of tensors: images stay uint8 on the training device and batches are
-# drawn by index, so there are no worker processes and no per-image Python in the training loop.
-# -----------------------------------------------------------------------------
-
-DATASETS = ("cifar10", "cifar100", "svhn", "folder", "shapes")
+PHOTOS = ("flowers102", "sport8", "mit67", "imagenet")  # and `folder` with an image_size of 64 or more
+DATASETS = ("cifar10", "cifar100", "svhn", *PHOTOS, "folder", "shapes")
 SHAPE_CLASSES = ("disk", "ring", "square", "frame", "triangle", "star", "plus", "bar", "crescent", "corner")
 
 class Data(NamedTuple):
-    """One data set in memory: images uint8 (N, 3, H, W), labels int64 (N,), class names in label order."""
-
-    train_images: Tensor
+    """One data set: images uint8 (N, 3, H, W) or Photos, labels int64 (N,), class names in label order."""
+    train_images: Tensor | Photos
     train_labels: Tensor
-    test_images: Tensor
+    test_images: Tensor | Photos
     test_labels: Tensor
     classes: list[str]
 
     def to(self, device: torch.device | str) -> Data:
-        """The same data set with its four tensors on `device`."""
+        """The same data set, whose batches lie on `device`."""
         return Data(*(x.to(device) for x in self[:4]), self.classes)
 
 def load_data(
     dataset: str, data_dir: str | Path = "data", image_size: int | None = None,
     limit_train: int | None = None, limit_test: int | None = None, workers: int = 4,
+    seed: int = 0, cache_gb: float = 8.0, skip_damaged: bool = False,
 ) -> Data:
-    """Load (downloading where that is possible) one of `DATASETS` as uint8 tensors.
+    """Load (downloading where that is possible) one of `DATASETS`.
 
-    image_size: side in pixels; None keeps the images' own size, which must then be one size.
+    image_size: side in pixels; None: 224 for photographs, else the images' own size, which must be one size.
     limit_train, limit_test: keep that many images, a random choice that is the same for every seed.
-    workers: threads that read image files.
-    Raises InputError where data are missing or damaged.
-    """
-    if dataset == "folder":
-        return _folder(Path(data_dir), image_size, (limit_train, limit_test), workers)
+    workers: threads or processes that read image files. seed: draws sport8's split and nothing else.
+    cache_gb: photographs that fit in so many GB are kept in memory. skip_damaged: leave out image files
+    that cannot be read, with a warning. Raises InputError where data are missing or damaged."""
+    root, limits = Path(data_dir), (limit_train, limit_test)
+    if dataset in ("folder", *PHOTOS):
+        find = {"sport8": partial(_sport8, seed=seed), "mit67": _mit67, "flowers102": _flowers102}
+        try:
+            *splits, classes = find.get(dataset, _train_and_test)(root)
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f"cannot read {dataset} in {root} ({e}): check --data-dir") from e
+        size = image_size or (224 if dataset in PHOTOS else None)
+        tensors, left = [], cache_gb * 1e9
+        for found, limit in zip(splits, limits):
+            files, labels = zip(*(found[i] for i in _keep(len(found), limit)))
+            images, labels = Photos(files, size or 0, workers, skip_damaged), torch.tensor(labels)
+            if dataset == "folder" and (size or 0) < 64:
+                images, labels = images.stacked(labels, tensors[0].shape[2:] if tensors else None)
+            else:
+                left -= images.cache(left)
+            tensors += [images, labels]
+        return Data(*tensors, classes)
     if dataset == "shapes":
         splits, classes = [shapes(6000, seed=1), shapes(1000, seed=2)], list(SHAPE_CLASSES)
     elif dataset in DATASETS:
@@ -70,11 +92,12 @@ def load_data(
     else:
         raise InputError(f"unknown data set {dataset!r}: choose from {', '.join(DATASETS)}")
     tensors = []
-    for (images, labels), limit in zip(splits, (limit_train, limit_test)):
+    for (images, labels), limit in zip(splits, limits):
         keep = _keep(len(images), limit)
         images = images[keep].contiguous()
-        if image_size and images.shape[-2:] != (image_size, image_size):
-            images = torch.cat([_resize(chunk, image_size) for chunk in images.split(1000)])
+        if image_size:
+            size = (image_size, image_size)
+            images = torch.cat([_scale(chunk, size) for chunk in images.split(1000)])
         tensors += [images, labels[keep]]
     return Data(*tensors, classes)
 
@@ -83,21 +106,10 @@ def _keep(count: int, limit: int | None) -> Tensor:
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     return order[: limit or count].sort().values
 
-def _resize(images: Tensor, size: int) -> Tensor:
-    return F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True).round().byte()
-
-def _from_torchvision(dataset: str, root: str) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
-    """CIFAR-10, CIFAR-100 or SVHN: (images, labels) to train and to test on, and the names of the classes."""
-    build = getattr(torchvision.datasets, dataset.upper())
+def _torchvision_set(dataset: str, root: str, build) -> torchvision.datasets.VisionDataset:
+    """What build() returns, which may download it. Raises InputError where that is not possible."""
     try:
-        if dataset == "svhn":
-            sets = [build(root, split, download=True) for split in ("train", "test")]
-            splits = [(torch.from_numpy(s.data), torch.from_numpy(s.labels)) for s in sets]
-            return splits, [str(digit) for digit in range(10)]
-        sets = [build(root, train, download=True) for train in (True, False)]
-        images = [torch.from_numpy(s.data).permute(0, 3, 1, 2) for s in sets]  # from (N, H, W, 3)
-        labels = [torch.tensor(s.targets) for s in sets]
-        return list(zip(images, labels)), sets[0].classes
+        return build()
     except ImportError as e:
         raise InputError(f"{dataset} needs the package {e.name} (pip install {e.name})") from e
     except (urllib.error.URLError, ConnectionError, TimeoutError) as e:
@@ -105,55 +117,252 @@ def _from_torchvision(dataset: str, root: str) -> tuple[list[tuple[Tensor, Tenso
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as e:
         raise InputError(f"cannot read {dataset} in {root} ({e}): delete its files and start again") from e
 
-def _folder(root: Path, image_size: int | None, limits: tuple[int | None, ...], workers: int) -> Data:
-    """Images in `train/<class>/*` and `test/<class>/*` (or `val/`), in any format that Pillow reads."""
+def _from_torchvision(dataset: str, root: str) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
+    """CIFAR-10, CIFAR-100 or SVHN: (images, labels) to train and to test on, and the names of the classes."""
+    parts = ("train", "test") if dataset == "svhn" else (True, False)
+    build = partial(getattr(torchvision.datasets, dataset.upper()), root, download=True)
+    sets = [_torchvision_set(dataset, root, partial(build, part)) for part in parts]
+    if dataset == "svhn":
+        splits = [(torch.from_numpy(s.data), torch.from_numpy(s.labels)) for s in sets]
+        return splits, [str(digit) for digit in range(10)]
+    images = [torch.from_numpy(s.data).permute(0, 3, 1, 2) for s in sets]  # from (N, H, W, 3)
+    return list(zip(images, [torch.tensor(s.targets) for s in sets])), sets[0].classes
+
+def _files(directory: Path, classes: list[str]) -> list[tuple[str, int]]:
+    """The images in a folder a class, in any format that Pillow reads: (path, label)."""
+    found, endings = [], torchvision.datasets.folder.IMG_EXTENSIONS
+    for name in _class_names(directory):
+        if name not in classes:
+            raise InputError(f"{directory} has a class that the training images lack: {name}")
+        paths = sorted(e.path for e in os.scandir(directory / name) if e.name.lower().endswith(endings))
+        found += [(path, classes.index(name)) for path in paths]
+        if not paths:
+            raise InputError(f"no images in {directory / name}: expected *{{{','.join(endings)}}} there")
+    if not found:
+        raise InputError(f"no images in {directory}: expected a folder a class there, with its images in it")
+    return found
+
+def _class_names(directory: Path) -> list[str]:
+    return sorted(d.name for d in directory.iterdir() if d.is_dir() and not d.name.startswith("."))
+
+def _train_and_test(root: Path) -> tuple[list, list, list[str]]:
+    """folder and imagenet: `train/<class>/*` and `test/<class>/*` (or `val/`)."""
     train, test = root / "train", root / "test"
     if not test.is_dir():
         test = root / "val"
     if not (train.is_dir() and test.is_dir()):
         raise InputError(f"{root} must hold train/<class>/* and test/<class>/* (or val/): check --data-dir")
-    endings = torchvision.datasets.folder.IMG_EXTENSIONS
     classes = _class_names(train)
-    label_of = {name: label for label, name in enumerate(classes)}
-    tensors: list[Tensor] = []
-    for directory, limit in zip((train, test), limits):
-        found = []
-        for name in _class_names(directory):
-            if name not in label_of:
-                raise InputError(f"{directory} has a class that {train} lacks: {name}")
-            paths = sorted((directory / name).iterdir())
-            found += [(path, label_of[name]) for path in paths if path.suffix.lower() in endings]
-        if not found:
-            raise InputError(f"no images in {directory}: expected <class>/*{{{','.join(endings)}}} there")
-        found = [found[i] for i in _keep(len(found), limit).tolist()]
-        with ThreadPool(workers) as pool:
-            images = pool.map(lambda item: _read_image(item[0], image_size), found, chunksize=64)
-        _, H, W = tensors[0][0].shape if tensors else images[0].shape
-        for (path, _), image in zip(found, images):
-            _, h, w = image.shape
-            if (h, w) != (H, W):
-                raise InputError(f"{path} is {w}x{h}, others are {W}x{H}: give --image-size, such as 32")
-        tensors += [torch.stack(images).contiguous(), torch.tensor([label for _, label in found])]
-    return Data(*tensors, classes)
+    return _files(train, classes), _files(test, classes), classes
 
-def _class_names(directory: Path) -> list[str]:
-    return sorted(d.name for d in directory.iterdir() if d.is_dir() and not d.name.startswith("."))
+def _sport8(root: Path, seed: int) -> tuple[list, list, list[str]]:
+    """A folder a class, perhaps in `event_img/`: 70 images a class to train on, 60 to test (Li & Fei-Fei)."""
+    root = root / "event_img" if (root / "event_img").is_dir() else root
+    classes, g, train, test = _class_names(root), torch.Generator().manual_seed(seed), [], []
+    found = _files(root, classes)
+    for label, name in enumerate(classes):
+        mine = [item for item in found if item[1] == label]
+        if len(mine) < 130:
+            raise InputError(f"{root / name} has {len(mine)} images: sport8 takes 70 + 60 of every class")
+        mine = [mine[i] for i in torch.randperm(len(mine), generator=g)]
+        train, test = train + mine[:70], test + mine[70:130]
+    return train, test, classes
 
-def _read_image(path: Path, size: int | None) -> Tensor:
-    """An image, uint8 (3, H, W); with `size`, the middle square of it, scaled to size x size."""
+def _mit67(root: Path) -> tuple[list, list, list[str]]:
+    """`Images/<class>/*`; `TrainImages.txt` and `TestImages.txt` name them, as `<class>/<file>` a line."""
+    lists = [(root / name).read_text().split("\n") for name in ("TrainImages.txt", "TestImages.txt")]
+    train, test = ([line.strip() for line in lines if line.strip()] for lines in lists)
+    classes = sorted({line.split("/")[0] for line in train})
+    for line in train + test:
+        if line.split("/")[0] not in classes or not (root / "Images" / line).is_file():
+            raise InputError(f"{root}: its lists name {line!r}, which is not in Images/: unpack all of it")
+    item = lambda line: (str(root / "Images" / line), classes.index(line.split("/")[0]))
+    return [item(line) for line in train], [item(line) for line in test], classes
+
+def _flowers102(root: Path) -> tuple[list, list, list[str]]:
+    """Flowers102 through torchvision: train + val to train on."""
+    build = partial(torchvision.datasets.Flowers102, str(root), download=True)
+    sets = [_torchvision_set("flowers102", root, partial(build, name)) for name in ("train", "val", "test")]
+    train, val, test = ([(str(file), label) for file, label in zip(s._image_files, s._labels)] for s in sets)
+    return train + val, test, [str(k + 1) for k in range(102)]
+
+def _rgb(path: str, least: int = 0, decode: bool = True) -> Image.Image:
+    """An image as RGB, or not decoded, when its size alone is of use. Raises InputError where it is damaged.
+    least: a JPEG of twice that side and more may come scaled down to it, decoded in a third of the time."""
     try:
         with Image.open(path) as image:
+            if not decode:
+                return image
+            if least:
+                image.draft(None, (least, least))
             if image.mode.startswith("I"):  # 16 bits of gray, which convert() would cut off at 255
                 image = image.point(lambda value: value * (1 / 257) + 0).convert("L")
-            image = image.convert("RGB")
+            return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise InputError(f"cannot read the image {path} ({e}): mend it or delete it") from e
-    if size:
-        scale = size / min(image.size)
-        w, h = (max(size, round(side * scale)) for side in image.size)
-        left, top = (w - size) // 2, (h - size) // 2
-        image = image.resize((w, h), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
-    return torchvision.transforms.functional.pil_to_tensor(image)
+        raise InputError(f"cannot read the image {path} ({e}): mend it, delete it or --skip-damaged") from e
+
+def random_box(height: int, width: int, draw: random.Random) -> tuple[int, int, int, int]:
+    """Of random resized crop (Inception, torchvision): (top, left, height, width) of a part of an image.
+    8 to 100 % of its area, 3/4 to 4/3 as wide as high; the middle where ten draws do not fit."""
+    for _ in range(10):
+        area = height * width * draw.uniform(0.08, 1)
+        ratio = math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
+        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < h <= height and 0 < w <= width:
+            return draw.randint(0, height - h), draw.randint(0, width - w), h, w
+    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+class Photos:
+    """Photographs of any size in files: what `loader` takes in place of a tensor (N, 3, S, S). Training sees
+    random resized crops, flipped in half the cases; evaluation the middle of the image, scaled to a shorter
+    side of S * 256 / 224. The processes or threads that read do it, on uint8: 0.25 ms an image on 2 cores,
+    where a grid_sample of the batch, on floats padded to one size, takes 0.6."""
+    def __init__(self, files: Sequence[str], size: int, workers: int = 4, skip_damaged: bool = False):
+        self.files, self.size, self.workers, self.skip = files, size, workers, skip_damaged
+        self.side, self.shape = round(size * 256 / 224) if size >= 64 else size, (len(files), 3, size, size)
+        self.device, self.pixels, self.damaged = torch.device("cpu"), None, set()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def to(self, device: torch.device | str) -> Photos:
+        self.device = torch.device(device)
+        return self
+
+    def scaled_size(self, i: int) -> tuple[int, int]:
+        """Height and width of image i with a shorter side of `self.side`; InputError where it is damaged."""
+        w, h = _rgb(self.files[i], decode=False).size
+        side = self.side or min(w, h)
+        return side * h // min(w, h), side * w // min(w, h)
+
+    def read(self, i: int, scaled: bool = True) -> Tensor:
+        """Image i, uint8 (3, h, w), from memory or from its file, where `scaled` matters; or InputError."""
+        if self.pixels is not None:
+            start, (h, w) = self.starts[i], self.sizes[i]
+            if i in self.damaged:
+                raise InputError(f"cannot read the image {self.files[i]}")
+            return self.pixels[start : start + 3 * h * w].view(h, w, 3).permute(2, 0, 1)
+        image = torch.from_numpy(np.array(_rgb(self.files[i], 2 * self.side))).permute(2, 0, 1)
+        return _scale(image[None], self.scaled_size(i))[0] if scaled else image
+
+    def flat(self, i: int) -> Tensor:
+        return self.read(i).permute(1, 2, 0).flatten()
+
+    def view(self, i: int, seed: int | None = None) -> Tensor:
+        """What a batch shows of image i, (3, S, S): a random part, or without seed the middle."""
+        image = self.read(i, scaled=seed is None)
+        _, H, W = image.shape
+        if seed is None:
+            h, w = (self.size, self.size) if self.size else (H, W)
+            top, left = round((H - h) / 2), round((W - w) / 2)
+            return image[:, top : top + h, left : left + w].contiguous()
+        draw = random.Random(seed + i)
+        top, left, h, w = random_box(H, W, draw)
+        part = _scale(image[None, :, top : top + h, left : left + w], (self.size, self.size))[0]
+        return part.flip(2) if draw.random() < 0.5 else part.contiguous()
+
+    def some(self, indices: list[int], view, join, run=map) -> tuple[Tensor | None, list[int], dict]:
+        """join([view(i) for i in indices]) without damaged images; those that it holds; number -> what is
+        wrong with the others."""
+        found = dict(zip(indices, run(partial(_or_error, view), indices)))
+        good = [i for i in indices if not isinstance(found[i], str)]
+        return join([found.pop(i) for i in good]) if good else None, good, found
+
+    def report(self, damaged: dict[int, str]) -> None:
+        """Damaged images, number -> what is wrong: raises InputError, or counts those that are skipped."""
+        for i in sorted(damaged.keys() - self.damaged):
+            self.damaged.add(i)
+            if not self.skip or len(self.damaged) == len(self):
+                raise InputError(damaged[i])
+            print(f"warning: {damaged[i]}; skipped, {len(self.damaged)} so far")
+
+    def in_processes(self, collate, **batches) -> Iterator:
+        batches |= {"num_workers": self.workers, "pin_memory": torch.cuda.is_available()}
+        try:
+            yield from DataLoader(range(len(self)), collate_fn=collate, **batches)
+        except RuntimeError as e:
+            reason = str(e).splitlines()[0]
+            raise InputError(f"reading images failed ({reason}): fewer --workers, or more memory") from e
+
+    def cache(self, budget: float) -> int:
+        """Decode all of them now, if scaled they take at most `budget` bytes. Returns the bytes they take."""
+        if len(self) * 3 * self.side**2 > budget:  # the least they take: spares a look at millions of files
+            return 0
+        with ThreadPool(self.workers) as pool:
+            sizes, good, damaged = self.some(range(len(self)), self.scaled_size, list, pool.map)
+        self.report(damaged)
+        self.sizes = [(0, 0)] * len(self)
+        for i, size in zip(good, sizes):
+            self.sizes[i] = size
+        *self.starts, total = np.cumsum([0] + [3 * h * w for h, w in self.sizes]).tolist()
+        if total > budget:
+            return 0
+        print(f"reading {len(self)} photographs into memory, {total / 1e9:.1f} GB", flush=True)
+        pixels = torch.empty(total, dtype=torch.uint8)
+        some = partial(self.some, view=self.flat, join=torch.cat)
+        for bytes_, good, damaged in self.in_processes(some, batch_size=16):
+            self.report(damaged)
+            at = 0
+            for i in good:
+                count = 3 * self.sizes[i][0] * self.sizes[i][1]
+                pixels[self.starts[i] : self.starts[i] + count] = bytes_[at : at + count]
+                at += count
+        self.pixels = pixels
+        return total
+
+    def batches(self, order: Sequence[Tensor], train: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """uint8 images (B, 3, S, S) and their indices, batch by batch; fewer where images are damaged."""
+        order, seed = [batch.tolist() for batch in order], int(torch.randint(2**62, ())) if train else None
+        some = partial(self.some, view=partial(self.view, seed=seed), join=torch.stack)
+        with ThreadPool(self.workers) as pool:
+            if self.pixels is None:
+                found = self.in_processes(some, batch_sampler=order)
+            else:
+                found = map(partial(some, run=pool.map), order)
+            for images, good, damaged in found:
+                self.report(damaged)
+                if not good:
+                    raise InputError(f"no image of a batch can be read: {next(iter(damaged.values()))}")
+                yield images, torch.tensor(good)
+
+    def stacked(self, labels: Tensor, shape: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+        """The middles of all images as one tensor, and their labels. Where S is 0 they must be of one size,
+        `shape` if given."""
+        with ThreadPool(self.workers) as pool:
+            images, good, damaged = self.some(range(len(self)), self.view, list, pool.map)
+        self.report(damaged)
+        H, W = shape or images[0].shape[1:]
+        for i, (_, h, w) in zip(good, (image.shape for image in images)):
+            if (h, w) != (H, W):
+                raise InputError(f"{self.files[i]} is {w}x{h}, others are {W}x{H}: give --image-size")
+        return torch.stack(images), labels[good]
+
+def _or_error(f, i: int):
+    """f(i), or the text of the InputError that it raises."""
+    try:
+        return f(i)
+    except InputError as e:
+        return str(e)
+
+def _scale(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 (B, 3, H, W) to (B, 3, *size)."""
+    if images.shape[2:] == size:
+        return images
+    return F.interpolate(images, size, mode="bilinear", antialias=True)
+
+def loader(images: Tensor | Photos, labels: Tensor, order: Sequence[Tensor], train: bool
+           ) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of `order`, tensors of indices: images (B, 3, H, W) in [0, 1], labels (B,), on the device.
+    train: cropped and flipped at random (random_crop_flip; Photos: random resized crop)."""
+    if isinstance(images, Photos):
+        for x, indices in images.batches(order, train):
+            x, y = x.to(images.device, non_blocking=True), labels[indices.to(labels.device)]
+            yield x.float() / 255, y
+    else:
+        for batch in order:
+            x = images[batch]
+            yield (random_crop_flip(x) if train else x).float() / 255, labels[batch]
 
 def shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """A generated data set that takes a network to learn: one of 10 figures on a cluttered ground, 32x32.
@@ -216,8 +425,16 @@ def _edge_distance(name: str, x: Tensor, y: Tensor) -> Tensor:
     }
     return figures[name]()
 
-def mean_std(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation, (3,) each, of the channels of uint8 images (N, 3, H, W), in units of [0, 1]."""
+def stem_for(images: Tensor | Photos) -> str:
+    """What comes before the cells of a network for these images: "imagenet" from 64 pixels on, or "cifar"."""
+    return "imagenet" if images.shape[3] >= 64 else "cifar"
+
+def mean_std(images: Tensor | Photos) -> tuple[Tensor, Tensor]:
+    """Mean and deviation, (3,) each, of the channels of uint8 images (N, 3, H, W), in units of [0, 1].
+    Of Photos, which need not be read for it: those that everybody uses for ImageNet."""
+    if isinstance(images, Photos):
+        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=images.device)
+        return mean, std
     counts = [torch.bincount(channel.flatten().int(), minlength=256) for channel in images.unbind(1)]
     share = torch.stack(counts).double()
     share /= share.sum(1, keepdim=True)  # (3, 256)
@@ -237,8 +454,7 @@ def batches(count: int, batch_size: int, seed: int, rank: int = 0, world: int = 
     """One epoch of `count` images in random order: indices (steps, batch_size // world), int64, on the CPU.
 
     A batch holds at most all images; an incomplete last one is left out. Of every batch, process `rank` of
-    `world` gets its share. Raises InputError where a batch cannot be shared evenly.
-    """
+    `world` gets its share. Raises InputError where a batch cannot be shared evenly."""
     batch_size = min(batch_size, count)
     if batch_size % world:
         raise InputError(f"a batch of {batch_size} images cannot be shared by {world} processes")
@@ -266,13 +482,15 @@ def cutout(images: Tensor, length: int) -> Tensor:
     hole = (y <= half) & (y > half - length) & (x <= half) & (x > half - length)  # (B, 1, H, W)
     return images.masked_fill(hole, 0)
 
-
-# -----------------------------------------------------------------------------
-# Genotypes: quark0/darts' named tuple, its meaning and its text, so that cells paste both ways.
-# -----------------------------------------------------------------------------
+# -------- Genotypes -----------------------------------------------------------------------------------------
+# Quark0/darts' named tuple, its meaning and its text, so that cells paste both ways.
 
 PRIMITIVES = ("none", "max_pool_3x3", "avg_pool_3x3", "skip_connect",
               "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5")
+
+# ProxylessNAS' operations: expansion of the width, kernel.
+MOBILE_PRIMITIVES = ("mbconv3_3x3", "mbconv6_3x3", "mbconv3_5x5", "mbconv6_5x5", "mbconv3_7x7", "mbconv6_7x7",
+                     "skip_connect")
 
 # normal, reduce: [(operation, state it reads), ...], two for each node; states 0 and 1 are the cell's inputs.
 Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
@@ -296,27 +514,37 @@ GENOTYPES = {
                              "sep30 skip1 dil52 max1 sep32 sep31 sep50 sep33"),
 }
 
-def save_genotype(genotype: Genotype, path: str | Path) -> None:
-    """Write a genotype as JSON: the four fields of the named tuple under their names."""
-    Path(path).write_text(json.dumps({k: list(v) for k, v in genotype._asdict().items()}, indent=1) + "\n")
+def save_genotype(genotype: Genotype | list[str], path: str | Path) -> None:
+    """Write a genotype as JSON: the named tuple's four fields under their names, or the layers' names."""
+    plain = genotype
+    if not isinstance(genotype, list):
+        plain = {name: list(value) for name, value in genotype._asdict().items()}
+    Path(path).write_text(json.dumps(plain, indent=1) + "\n")
 
-def load_genotype(name_or_path: str | Path) -> Genotype:
+def load_genotype(name_or_path: str | Path, space: str = "cells") -> Genotype | list[str]:
     """A genotype by its name in `GENOTYPES`, or from a file: JSON, or the text `Genotype(normal=[...], ...)`.
 
-    Raises InputError where there is no such name or file, or the file holds no valid genotype.
-    """
-    if str(name_or_path) in GENOTYPES:
+    In the space "mobilenet" it is a JSON list, one of MOBILE_PRIMITIVES a layer.
+    Raises InputError where there is no such name or file, or the file holds no valid genotype."""
+    if str(name_or_path) in GENOTYPES and space == "cells":
         return GENOTYPES[str(name_or_path)]
     path = Path(name_or_path)
     try:
-        return parse_genotype(path.read_text())
+        return parse_genotype(path.read_text(), space)
     except FileNotFoundError:
         raise InputError(f"no genotype {str(path)!r}: give a file or one of {', '.join(GENOTYPES)}") from None
     except (OSError, ValueError) as e:  # InputError is one
         raise InputError(f"cannot use the genotype in {path}: {e}") from e
 
-def parse_genotype(text: str) -> Genotype:
-    """A genotype from JSON or quark0/darts' text, also behind `NAME = `; InputError where it is not valid."""
+def parse_genotype(text: str, space: str = "cells") -> Genotype | list[str]:
+    """A genotype from JSON or quark0/darts' text, also behind `NAME = `; InputError where it is not valid.
+    In the space "mobilenet": from a list of names, as JSON or Python write it."""
+    if space == "mobilenet":
+        try:
+            names = ast.literal_eval(text.strip())
+            return [MOBILE_PRIMITIVES[MOBILE_PRIMITIVES.index(name)] for name in names]
+        except Exception as e:  # literal_eval alone raises five kinds
+            raise InputError(f"not a list of {', '.join(MOBILE_PRIMITIVES)}, one a layer") from e
 
     def value(node: ast.expr) -> list:
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "range":
@@ -347,25 +575,20 @@ def parse_genotype(text: str) -> Genotype:
             raise InputError(f"{cell}_concat names a state outside 0..{states - 1}")
     return Genotype(cells["normal"], concat["normal"], cells["reduce"], concat["reduce"])
 
-
-# -----------------------------------------------------------------------------
-# The network that a genotype stands for (DARTS, section 4 and its public code), and a picture of its cells.
-# -----------------------------------------------------------------------------
+# -------- The network of a genotype (DARTS, section 4 and its public code), and a picture of its cells ------
 
 class PointwiseConv(nn.Conv2d):
     """A 1 x 1 convolution as the matrix product that it is: (B, c_in, H, W) to (B, c_out, H, W).
 
     It keeps its input only where the weight learns, which a convolution always does: a search step at C=16
-    takes 0.91 of the memory and 0.96 of the time. Fast on channels_last images.
-    """
-
+    takes 0.91 of the memory and 0.96 of the time. Fast on channels_last images."""
     def __init__(self, c_in: int, c_out: int):
         super().__init__(c_in, c_out, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
 
-def _conv_bn(c_in: int, c_out: int, k: int, stride: int = 1, affine: bool = True) -> list[nn.Module]:
+def conv_bn(c_in: int, c_out: int, k: int, stride: int = 1, affine: bool = True) -> list[nn.Module]:
     if k == 1:
         conv = PointwiseConv(c_in, c_out)
     else:
@@ -374,14 +597,12 @@ def _conv_bn(c_in: int, c_out: int, k: int, stride: int = 1, affine: bool = True
 
 def relu_conv_bn(c_in: int, c_out: int, affine: bool = True) -> nn.Sequential:
     """ReLU, 1x1 convolution, batch norm: what brings a cell's input to the cell's width."""
-    return nn.Sequential(nn.ReLU(), *_conv_bn(c_in, c_out, 1, affine=affine))
+    return nn.Sequential(nn.ReLU(), *conv_bn(c_in, c_out, 1, affine=affine))
 
 class FactorizedReduce(nn.Module):
     """Halve the resolution without losing pixels: two 1x1 stride-2 convolutions, one shifted by a pixel.
 
-    (B, c_in, H, W) to (B, c_out, ceil(H/2), ceil(W/2)); c_out must be even.
-    """
-
+    (B, c_in, H, W) to (B, c_out, ceil(H/2), ceil(W/2)); c_out must be even."""
     def __init__(self, c_in: int, c_out: int, affine: bool = True):
         super().__init__()
         self.conv1, self.conv2 = PointwiseConv(c_in, c_out // 2), PointwiseConv(c_in, c_out // 2)
@@ -393,8 +614,7 @@ class FactorizedReduce(nn.Module):
         return self.bn(torch.cat([self.conv1(even), self.conv2(odd)], 1))
 
 class DepthwiseConv(nn.Conv2d):
-    """A k x k depthwise convolution, k 3 or 5: (B, channels, H, W) to H/stride, W/stride, rounded up."""
-
+    """A k x k depthwise convolution, k 3, 5 or 7: (B, channels, H, W) to H/stride, W/stride, rounded up."""
     def __init__(self, channels: int, k: int, stride: int = 1, dilation: int = 1):
         super().__init__(channels, channels, k, stride, k // 2 * dilation, dilation, channels, bias=False)
 
@@ -409,9 +629,7 @@ class _Depthwise(torch.autograd.Function):
     """A depthwise convolution of stride 1 whose gradients are convolutions that oneDNN is fast at.
 
     Measured on one core at 64 x 16 x 32 x 32, oneDNN's own against these: the input's at dilation 2, 4 to
-    7 ms against 1; a 5 x 5 kernel's, 7 against 4; a dilated kernel's, 12 to 31 against 2 to 6.
-    """
-
+    7 ms against 1; a 5 x 5 kernel's, 7 against 4; a dilated kernel's, 12 to 31 against 2 to 6."""
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
         ctx.padding = weight.shape[-1] // 2 * dilation
@@ -441,35 +659,30 @@ def _depthwise_weight_gradient(x: Tensor, grad: Tensor, k: int, dilation: int) -
     size = (C, 1, 3, 3)
     if k == 3:
         return conv2d_weight(x, size, grad, padding=1, groups=C)
-    out = x.new_empty(C, 1, 5, 5)
-    for i in (0, 2):  # 5 x 5 taps are four overlapping windows of 3 x 3
-        for j in (0, 2):
-            padding = (2 - j, j, 2 - i, i)
+    out, p = x.new_empty(C, 1, k, k), k // 2
+    for i in range(0, k - 2, 2):  # 5 x 5 taps are four overlapping windows of 3 x 3, 7 x 7 are nine
+        for j in range(0, k - 2, 2):
+            padding = (p - j, 2 - p + j, p - i, 2 - p + i)
             out[:, :, i : i + 3, j : j + 3] = conv2d_weight(F.pad(x, padding), size, grad, groups=C)
     return out
 
 def operation(name: str, channels: int, stride: int, affine: bool = True) -> nn.Sequential:
     """One of PRIMITIVES[1:] as DARTS defines it, `channels` in and out, resolution divided by `stride`."""
-
     def separable(stride: int, dilation: int) -> list[nn.Module]:
         depthwise = DepthwiseConv(channels, int(name[-1]), stride, dilation)
-        return [nn.ReLU(), depthwise, *_conv_bn(channels, channels, 1, affine=affine)]
+        return [nn.ReLU(), depthwise, *conv_bn(channels, channels, 1, affine=affine)]
 
-    if name == "max_pool_3x3":
-        layers = [nn.MaxPool2d(3, stride, padding=1)]
-    elif name == "avg_pool_3x3":
-        layers = [nn.AvgPool2d(3, stride, padding=1, count_include_pad=False)]
-    elif name == "skip_connect" and stride == 1:
-        layers = [nn.Identity()]
-    elif name == "skip_connect":
-        layers = [FactorizedReduce(channels, channels, affine)]
-    elif name in ("sep_conv_3x3", "sep_conv_5x5"):
-        layers = separable(stride, dilation=1) + separable(1, dilation=1)
-    elif name in ("dil_conv_3x3", "dil_conv_5x5"):
-        layers = separable(stride, dilation=2)
-    else:
+    if name not in PRIMITIVES[1:]:
         raise InputError(f"unknown operation {name!r}: choose from {', '.join(PRIMITIVES[1:])}")
-    return nn.Sequential(*layers)
+    if name == "max_pool_3x3":
+        return nn.Sequential(nn.MaxPool2d(3, stride, padding=1))
+    if name == "avg_pool_3x3":
+        return nn.Sequential(nn.AvgPool2d(3, stride, padding=1, count_include_pad=False))
+    if name == "skip_connect":
+        return nn.Sequential(nn.Identity() if stride == 1 else FactorizedReduce(channels, channels, affine))
+    if name.startswith("dil_conv"):
+        return nn.Sequential(*separable(stride, dilation=2))
+    return nn.Sequential(*separable(stride, dilation=1), *separable(1, dilation=1))
 
 def drop_path(x: Tensor, prob: float) -> Tensor:
     """Zero whole samples of x (B, ...) with probability `prob` and scale the others to keep the mean."""
@@ -478,24 +691,14 @@ def drop_path(x: Tensor, prob: float) -> Tensor:
 
 def auxiliary_head(c_in: int, num_classes: int, stem: str = "cifar") -> nn.Sequential:
     """DARTS' auxiliary classifier on a map of at least 8x8 (cifar) or 7x7 (imagenet): (B, num_classes)."""
-    return nn.Sequential(
-        nn.ReLU(),
-        nn.AvgPool2d(5, stride=3 if stem == "cifar" else 2),
-        *_conv_bn(c_in, 128, 1),
-        nn.ReLU(),
-        *_conv_bn(128, 768, 2),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),  # for images larger than the published 32 or 224 pixels
-        nn.Flatten(),
-        nn.Linear(768, num_classes),
-    )
+    layers = [nn.ReLU(), nn.AvgPool2d(5, 3 if stem == "cifar" else 2), *conv_bn(c_in, 128, 1), nn.ReLU()]
+    layers += [*conv_bn(128, 768, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]  # 1: for larger images
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(768, num_classes))
 
 class Cell(nn.Module):
     """One cell of a genotype. s0, s1: the outputs of the two cells before, s0 twice the size if `halved`.
 
-    (B, c_before, H, W), (B, c_in, H, W) to (B, channels * len(concat), H, W), or H/2 x W/2 if `reduction`.
-    """
-
+    (B, c_before, H, W), (B, c_in, H, W) to (B, channels * len(concat), H, W), or H/2 x W/2 if `reduction`."""
     def __init__(self, genotype: Genotype, c_before: int, c_in: int, channels: int,
                  reduction: bool, halved: bool):
         super().__init__()
@@ -524,25 +727,26 @@ class Cell(nn.Module):
                 states.append(first + h)
         return torch.cat([states[i] for i in self.concat], 1)
 
+def stems(kind: str, channels: int) -> tuple[nn.Module, nn.Module, int, bool]:
+    """What comes before the cells, "cifar" or "imagenet": (B, 3, H, W) to s0, s0 to s1; their channels; and
+    whether s0 has twice the size of s1. "imagenet" is three stride-2 convolutions: 224 to 28 pixels."""
+    if kind == "cifar":
+        return nn.Sequential(*conv_bn(3, 3 * channels, 3)), nn.Identity(), 3 * channels, False
+    half = channels // 2
+    stem0 = nn.Sequential(*conv_bn(3, half, 3, 2), nn.ReLU(), *conv_bn(half, channels, 3, 2))
+    return stem0, nn.Sequential(nn.ReLU(), *conv_bn(channels, channels, 3, 2)), channels, True
+
 class Network(nn.Module):
     """The evaluation network of a genotype (DARTS): `layers` cells, reductions at layers//3 and 2*layers//3.
 
     Normalised images (B, 3, H, W) to logits (B, num_classes); in training with `auxiliary`, to the pair
-    (logits, auxiliary logits). `drop_path_prob` in [0, 1) is an attribute that a training loop can raise.
-    """
-
+    (logits, auxiliary logits). `drop_path_prob` in [0, 1) is an attribute that a training loop can raise."""
     def __init__(self, genotype: Genotype, num_classes: int, channels: int, layers: int,
                  auxiliary: bool = False, stem: str = "cifar"):
         super().__init__()
         self.drop_path_prob = 0.0
-        if stem == "imagenet":  # three stride-2 convolutions: 224 to 28 pixels
-            half = channels // 2
-            self.stem0 = nn.Sequential(*_conv_bn(3, half, 3, 2), nn.ReLU(), *_conv_bn(half, channels, 3, 2))
-            self.stem1 = nn.Sequential(nn.ReLU(), *_conv_bn(channels, channels, 3, 2))
-            c_before, c_in, halved = channels, channels, True
-        else:
-            self.stem0, self.stem1 = nn.Sequential(*_conv_bn(3, 3 * channels, 3)), nn.Identity()
-            c_before, c_in, halved = 3 * channels, 3 * channels, False
+        self.stem0, self.stem1, c_in, halved = stems(stem, channels)
+        c_before = c_in
         self.cells = nn.ModuleList()
         self.auxiliary = None
         self.auxiliary_at = 2 * layers // 3
@@ -575,8 +779,7 @@ def count_parameters(model: nn.Module) -> int:
 def count_flops(model: nn.Module, image_size: int) -> int:
     """Multiply-adds of classifying one image of image_size x image_size pixels, the papers' "FLOPs".
 
-    Convolutions and matrix products; half of what torch.utils.flop_counter says, which counts each as two.
-    """
+    Convolutions and matrix products; half of what torch.utils.flop_counter says, which counts each as two."""
     training = model.training
     image = next(model.parameters()).new_zeros(1, 3, image_size, image_size)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -42,7 +42,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import common
-from common import PRIMITIVES, Data, FactorizedReduce, Genotype, InputError
+from common import PRIMITIVES, Data, FactorizedReduce, Genotype, InputError, Photos
 
 # -------- Augmentations: batched, differentiable, one magnitude an image ------------------------------------
 # DHA takes no gradient through them: what is said of gradients is for joint_darts_faa.py, whose copy this is.
@@ -230,7 +230,8 @@ def polish(G: Tensor, c: Tensor, L: Tensor, lam: Tensor, alpha: Tensor) -> Tenso
     inside = alpha != 0
     block = torch.where(inside.unsqueeze(-1) & inside.unsqueeze(-2), G, 0.0)
     block = block + torch.diag_embed(torch.where(inside, 1e-12 * L, 1.0))
-    best = torch.linalg.solve_ex(block, torch.where(inside, c - lam * alpha.sign(), 0.0)).result
+    slope = c - (G @ alpha.unsqueeze(-1)).squeeze(-1)  # A^T (b - A alpha)
+    best = alpha + torch.linalg.solve_ex(block, torch.where(inside, slope - lam * alpha.sign(), 0.0)).result
     reach = torch.where(best * alpha < 0, alpha / (alpha - best), 1.0)  # until its sign would flip
     shortest = reach.amin(-1, keepdim=True)
     flips = (reach <= shortest) & (shortest < 1)
@@ -263,13 +264,15 @@ def ista(A: Tensor, b: Tensor, lam: float, tolerance: float = 1e-9, rounds: int 
 
 NODES = 4  # intermediate nodes of a cell; node j reads the states 0..j+1: 14 edges
 OPS, M = PRIMITIVES[1:], 7  # without "none"; M: numbers of a node's b, as many as operations by chance
+SPACES = {"cells": OPS, "mobilenet": common.MOBILE_PRIMITIVES}  # 7 operations each
 
-def select_support(alpha: Tensor) -> list[list[tuple[str, int]]]:
-    """alpha (8, 35), entry 7 * state + operation, to what each of the 8 nodes keeps: two (operation, state).
-    The strongest operation of every edge by |alpha|, then the two strongest edges (ISTA-NAS)."""
-    strength, op = alpha.abs().view(2 * NODES, NODES + 1, len(OPS)).max(2)  # of every edge, (8, 5)
-    states = [strength[k, : k % NODES + 2].topk(2).indices.sort().values.tolist() for k in range(2 * NODES)]
-    return [[(OPS[op[k, state]], state) for state in states[k]] for k in range(2 * NODES)]
+def select_support(alpha: Tensor, states: list[int], keep: int, ops: tuple[str, ...]) -> list:
+    """alpha (K, n), entry 7 * state + operation, to what each of K nodes keeps: `keep` of (operation, state).
+    The strongest operation of every edge by |alpha|, then the strongest edges (ISTA-NAS). Node k reads the
+    states 0 .. states[k] - 1."""
+    strength, op = alpha.abs().view(len(states), -1, len(ops)).max(2)  # of every edge, (K, n / 7)
+    chosen = [strength[k, :count].topk(keep).indices.sort().values.tolist() for k, count in enumerate(states)]
+    return [[(ops[op[k, state]], state) for state in chosen[k]] for k in range(len(states))]
 
 def norms(op: nn.Module) -> list[nn.BatchNorm2d]:
     return [module for module in op.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -281,14 +284,13 @@ class SparseCell(nn.Module):
         super().__init__()
         build = FactorizedReduce if halved else common.relu_conv_bn
         self.preprocess0, self.preprocess1 = build(c_before, channels), common.relu_conv_bn(c_in, channels)
-        self.reduction, self.nodes = reduction, nn.ModuleList(nn.ModuleDict() for _ in range(NODES))
+        self.first = NODES * reduction  # of the supernet's nodes those from here on are this cell's
+        self.nodes = nn.ModuleList(nn.ModuleDict() for _ in range(NODES))
         for j, node in enumerate(self.nodes):
             for state, name in ((state, name) for state in range(j + 2) for name in OPS):
                 op = common.operation(name, channels, 2 if reduction and state < 2 else 1)
                 if not norms(op):
                     op.append(nn.BatchNorm2d(channels))
-                for norm in norms(op):
-                    norm.requires_grad_(False)
                 node[f"{name}_{state}"] = op
 
     def forward(self, s0: Tensor, s1: Tensor, support: list, weights: list, drop_path_prob: float) -> Tensor:
@@ -305,52 +307,117 @@ class SparseCell(nn.Module):
             states.append(total)
         return torch.cat(states[2:], 1)  # (B, 4 channels, H, W)
 
-class SparseSupernet(nn.Module):
-    """ISTA-NAS' one-stage supernet: 14 edges x 7 operations of every cell exist, only the support's ever run.
-    Input: normalised images (B, 3, H, W). Output: logits (B, num_classes); with `auxiliary`, in training, the
-    pair (logits, auxiliary logits). Node k of 0..7 (normal 0..3, reduce 0..3) has b[k] (7,), A[k] (7, 35;
-    zeros pad the smaller nodes), alpha[k] (35,), entry 7 * state + operation, and support[k]."""
-    def __init__(self, channels: int, num_classes: int, layers: int, auxiliary: bool = False,
-                 b_scale: float = 1e-3):
+def conv_bn_relu6(c_in: int, c_out: int, k: int, stride: int = 1) -> list[nn.Module]:
+    """MobileNetV2's layer."""
+    return [*common.conv_bn(c_in, c_out, k, stride), nn.ReLU6()]
+
+def mobile_operation(name: str, c_in: int, c_out: int, stride: int) -> nn.Sequential:
+    """One of common.MOBILE_PRIMITIVES without its shortcut, or mbconv1_3x3 (MobileNetV2, ProxylessNAS): 1x1
+    to `expansion` times the width, which 1 leaves out; depthwise k x k with the stride; 1x1, linear."""
+    if name == "skip_connect":
+        return nn.Sequential(nn.Identity())
+    wide, k = int(name[6]) * c_in, int(name[-1])
+    expand = conv_bn_relu6(c_in, wide, 1) if wide > c_in else []
+    depthwise = [common.DepthwiseConv(wide, k, stride), nn.BatchNorm2d(wide), nn.ReLU6()]
+    return nn.Sequential(*expand, *depthwise, *common.conv_bn(wide, c_out, 1))
+
+class MobileLayer(nn.Module):
+    """A layer of ProxylessNAS' space with all candidates, one runs: node number `first`, which chooses one of
+    x + MBConv(x), without the x where stride or width change, and x alone. (B, c_in, H, W) to H/stride."""
+    def __init__(self, first: int, c_in: int, c_out: int, stride: int):
         super().__init__()
-        self.drop_path_prob, self.auxiliary, self.auxiliary_at, C = 0.0, None, 2 * layers // 3, channels
-        self.stem = nn.Sequential(nn.Conv2d(3, 3 * C, 3, padding=1, bias=False), nn.BatchNorm2d(3 * C))
-        c_before, c_in, halved = 3 * C, 3 * C, False
-        self.cells = nn.ModuleList()
+        self.first, self.width, self.stride = first, c_out, stride
+        self.shortcut = stride == 1 and c_in == c_out
+        ops = SPACES["mobilenet"] if self.shortcut else SPACES["mobilenet"][:-1]  # without skip_connect
+        build = {f"{name}_0": mobile_operation(name, c_in, c_out, stride) for name in ops}
+        self.nodes = nn.ModuleList([nn.ModuleDict(build)])
+
+    def forward(self, s0: Tensor, x: Tensor, support: list, weights: list, drop_path_prob: float) -> Tensor:
+        """As SparseCell's; s0 is not read."""
+        (name, state), weight = support[0][0], weights[0][0]
+        if name == "skip_connect":  # no norm could absorb a weight: it is 1, with the weight's gradient
+            return x if weight is None else x * (1 + (weight - weight.detach()))
+        h = self.nodes[0][f"{name}_{state}"](x)
+        if self.training and drop_path_prob > 0 and self.shortcut:
+            h = common.drop_path(h, drop_path_prob)
+        h = h if weight is None else weight * h
+        return x + h if self.shortcut else h
+
+class SparseSupernet(nn.Module):
+    """ISTA-NAS' one-stage supernet: all candidates of every cell or layer exist, only the support's ever run.
+    Input: normalised images (B, 3, H, W). Output: logits (B, num_classes); with `auxiliary`, in training, the
+    pair (logits, auxiliary logits). space "cells": `layers` cells share 8 nodes, normal 0..3 and reduce 0..3,
+    each keeps 2 of 7 operations on up to 5 states. space "mobilenet": `layers` (5 n + 1) nodes keep 1 of 7;
+    `channels` is the stem's (paper: 32). stem: "cifar" or, for images from 64 pixels on, "imagenet".
+    Node k of K has b[k] (7,), A[k] (7, n; zeros where it has fewer candidates), alpha[k] (n,), entry
+    7 * state + operation, and support[k]; n is 35 or 7."""
+    def __init__(self, channels: int, num_classes: int, layers: int, auxiliary: bool = False,
+                 b_scale: float = 1e-3, space: str = "cells", stem: str = "cifar"):
+        super().__init__()
+        self.space, self.ops, self.drop_path_prob, self.auxiliary = space, SPACES[space], 0.0, None
+        self.auxiliary_at = 2 * layers // 3 if auxiliary else -1
+        build = {"cells": self.build_cells, "mobilenet": self.build_mobilenet}[space]
+        build(channels, num_classes, layers, stem)
+        K = len(self.states)
+        for norm in (norm for cell in self.cells for op in cell.nodes for norm in norms(op)):
+            norm.requires_grad_(False)
+        A = torch.rand(K, M, len(self.ops) * max(self.states))
+        for cell in self.cells:
+            for k, node in enumerate(cell.nodes, cell.first):
+                A[k, :, len(node) :] = 0
+        self.register_buffer("A", A)
+        self.register_buffer("alpha", torch.zeros(K, A.shape[2]))
+        self.register_buffer("A_S", torch.zeros(K, M, self.kept))
+        self.register_buffer("alpha_S", torch.zeros(K, self.kept))
+        self.b = nn.ParameterList(b_scale * torch.randn(M) for _ in range(K))
+        self.frozen, self.support = [False] * K, [[]] * K
+        self.recover()
+
+    def build_cells(self, C: int, num_classes: int, layers: int, stem: str) -> None:
+        """DARTS' cells: reductions at layers//3 and 2 layers//3."""
+        self.states, self.kept = [2, 3, 4, 5] * 2, 2
+        self.stem, self.stem1, c_in, halved = common.stems(stem, C)
+        c_before, self.cells = c_in, nn.ModuleList()
         for i in range(layers):
             reduction = i in (layers // 3, 2 * layers // 3)
             C = 2 * C if reduction else C
             self.cells.append(SparseCell(c_before, c_in, C, reduction, halved))
             c_before, c_in, halved = c_in, NODES * C, reduction
-            if i == self.auxiliary_at and auxiliary:
-                self.auxiliary = common.auxiliary_head(c_in, num_classes)
-        self.classifier = nn.Linear(c_in, num_classes)
-        A = torch.rand(2 * NODES, M, len(OPS) * (NODES + 1))
-        for k in range(2 * NODES):
-            A[k, :, len(OPS) * (k % NODES + 2) :] = 0
-        self.register_buffer("A", A)
-        self.register_buffer("alpha", torch.zeros(2 * NODES, A.shape[2]))
-        self.register_buffer("A_S", torch.zeros(2 * NODES, M, 2))
-        self.register_buffer("alpha_S", torch.zeros(2 * NODES, 2))
-        self.b = nn.ParameterList(b_scale * torch.randn(M) for _ in range(2 * NODES))
-        self.frozen, self.support = [False] * (2 * NODES), [[]] * (2 * NODES)
-        self.recover()
+            if i == self.auxiliary_at:
+                self.auxiliary = common.auxiliary_head(c_in, num_classes, stem)
+        self.head, self.classifier = nn.Identity(), nn.Linear(c_in, num_classes)
+
+    def build_mobilenet(self, C: int, num_classes: int, layers: int, stem: str) -> None:
+        """ProxylessNAS' layers: a fixed MBConv, stages of (layers - 1) / 5 layers and a last one of 1."""
+        self.states, self.kept, wide = [1] * layers, 1, stem == "imagenet"
+        width = lambda channels: max(round(channels * C / 32), 1)  # the paper's at C = 32
+        self.stem = nn.Sequential(*conv_bn_relu6(3, C, 3, 1 + wide))
+        self.stem1 = mobile_operation("mbconv1_3x3", C, width(16), 1)
+        c_in, self.cells = width(16), nn.ModuleList()
+        for channels, stride in ((24, 1 + wide), (40, 2), (80, 2), (96, 1), (192, 2), (320, 1)):
+            for i in range(1 if channels == 320 else layers // 5):
+                layer = MobileLayer(len(self.cells), c_in, width(channels), stride if i == 0 else 1)
+                self.cells.append(layer)
+                c_in = width(channels)
+        self.head = nn.Sequential(*conv_bn_relu6(c_in, width(1280), 1))
+        self.classifier = nn.Linear(width(1280), num_classes)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):  # strengths are float32 with --amp too
-            weights = [(None, None) if self.frozen[k] else self.strength(k) for k in range(2 * NODES)]
-        s0 = s1 = self.stem(x)
-        auxiliary = None
+            none = (None,) * self.kept
+            weights = [none if self.frozen[k] else self.strength(k) for k in range(len(self.frozen))]
+        s0 = self.stem(x)
+        s1, auxiliary = self.stem1(s0), None
         for i, cell in enumerate(self.cells):
-            mine = slice(NODES, None) if cell.reduction else slice(NODES)
+            mine = slice(cell.first, cell.first + len(cell.nodes))
             s0, s1 = s1, cell(s0, s1, self.support[mine], weights[mine], self.drop_path_prob)
             if i == self.auxiliary_at and self.training and self.auxiliary is not None:
                 auxiliary = self.auxiliary(s1)
-        logits = self.classifier(s1.mean((2, 3)))
+        logits = self.classifier(self.head(s1).mean((2, 3)))
         return logits if auxiliary is None else (logits, auxiliary)
 
     def strength(self, k: int) -> Tensor:
-        """Node k's two weights, (2,), a function of b. A_S (7, 2), alpha_S (2,): A, alpha on the support."""
+        """Node k's weights, (kept,), a function of b. A_S (7, kept), alpha_S (kept,): on the support."""
         A_S, alpha_S = self.A_S[k], self.alpha_S[k]
         E_alpha = A_S.T @ (A_S @ alpha_S) - alpha_S  # E = A^T A - I
         return A_S.T @ self.b[k] - E_alpha  # b^T A - alpha^T E (section 2.3)
@@ -359,57 +426,75 @@ class SparseSupernet(nn.Module):
     def recover(self, lam: float = 1e-5, accept=lambda: True) -> list[float]:
         """Solve Eq. (4) for the nodes that are not frozen; their strongest operations become self.support.
         accept() then looks at it. Returns how far every alpha moved; [] if refused: then all is as before."""
-        live = [k for k in range(2 * NODES) if not self.frozen[k]]
+        live = [k for k, frozen in enumerate(self.frozen) if not frozen]
         alpha, before = self.alpha.clone(), self.support
         alpha[live] = ista(self.A[live], torch.stack([self.b[k] for k in live]), lam)
         if dist.is_initialized():
             dist.broadcast(alpha, 0)  # one support in all processes
-        found = select_support(alpha.cpu())
-        self.support = [found[k] if k in live else before[k] for k in range(2 * NODES)]
+        found = select_support(alpha.cpu(), self.states, self.kept, self.ops)
+        self.support = [before[k] if frozen else found[k] for k, frozen in enumerate(self.frozen)]
         if not accept():
             self.support = before
             return []
         moved = (alpha - self.alpha).norm(dim=1).tolist()
         self.alpha.copy_(alpha)
         for k in live:
-            S = [len(OPS) * state + OPS.index(name) for name, state in self.support[k]]
+            S = [len(self.ops) * state + self.ops.index(name) for name, state in self.support[k]]
             self.A_S[k], self.alpha_S[k] = self.A[k][:, S], alpha[k, S]
         return moved
 
-    def operations(self, k: int) -> list[nn.Sequential]:
-        """Node k's two operations in each of its cells, cell by cell."""
-        cells = [cell for cell in self.cells if cell.reduction == (k >= NODES)]
-        return [cell.nodes[k % NODES][f"{name}_{state}"] for cell in cells for name, state in self.support[k]]
+    def operations(self, k: int) -> list[nn.Module]:
+        """Node k's operations in each of its cells, cell by cell."""
+        nodes = [dict(enumerate(cell.nodes, cell.first)).get(k, {}) for cell in self.cells]
+        return [node[f"{name}_{state}"] for node in nodes if node for name, state in self.support[k]]
 
     @torch.no_grad()
     def freeze(self, k: int) -> None:
         """End the search of node k: its last norms absorb the strengths; all its norms learn from here on."""
         for i, op in enumerate(self.operations(k)):
-            norms(op)[-1].weight.mul_(self.strength(k)[i % 2])
+            for norm in norms(op)[-1:]:
+                norm.weight.mul_(self.strength(k)[i % self.kept])
             op.requires_grad_(True)
         self.frozen[k], self.b[k].grad = True, None  # without a gradient Adam leaves b alone
 
-    def keep(self, genotype: Genotype) -> SparseSupernet:
+    def keep(self, genotype: Genotype | list[str]) -> SparseSupernet:
         """Prune: of the operations the genotype's stay, and nothing to search. Returns itself."""
-        edges = [tuple(edge) for edge in (*genotype.normal, *genotype.reduce)]
-        self.support = [edges[2 * k : 2 * k + 2] for k in range(2 * NODES)]
-        shape = [len(genotype.normal), genotype.normal_concat, len(genotype.reduce), genotype.reduce_concat]
-        if shape != [8, [2, 3, 4, 5]] * 2 or any(first == second for first, second in self.support):
-            raise InputError("dha's cells have 4 nodes, all concatenated, with two different edges each")
+        self.support = support_of(genotype)
+        fits = [len(self.states), self.kept] == [len(self.support), len(self.support[0])]
         for cell in self.cells:
-            for j, node in enumerate(cell.nodes):
-                mine = {f"{name}_{state}" for name, state in self.support[j + NODES * cell.reduction]}
+            for k, node in enumerate(cell.nodes, cell.first):
+                mine = {f"{name}_{state}" for name, state in self.support[k]} if fits else set()
+                if len(mine & node.keys()) < self.kept:
+                    raise InputError(f"the genotype does not fit --space {self.space} with its --layers")
                 for key in node.keys() - mine:
                     del node[key]
                 node.requires_grad_(True)
-        self.frozen, self.b = [True] * (2 * NODES), nn.ParameterList()
+        self.frozen, self.b = [True] * len(self.states), nn.ParameterList()
         self.A = self.alpha = self.A_S = self.alpha_S = None
         return self
 
-    def genotype(self) -> Genotype:
-        """The support as a genotype."""
+    def skip_connects(self) -> int:
+        """How many of the normal cell's 8 operations, or of the layers, are skip-connections."""
+        nodes = self.support[: len(self.support) // self.kept]
+        return sum(name == "skip_connect" for node in nodes for name, _ in node)
+
+    def genotype(self) -> Genotype | list[str]:
+        """The support as a genotype: of cells, or the operation of every layer."""
         edges = [edge for node in self.support for edge in node]
+        if self.kept == 1:
+            return [name for name, _ in edges]
         return Genotype(edges[: 2 * NODES], [2, 3, 4, 5], edges[2 * NODES :], [2, 3, 4, 5])
+
+def support_of(genotype: Genotype | list[str]) -> list[list[tuple[str, int]]]:
+    """What every node of SparseSupernet keeps, (operation, state). InputError for cells of other shapes."""
+    if isinstance(genotype, list):
+        return [[(name, 0)] for name in genotype]
+    edges = [tuple(edge) for edge in (*genotype.normal, *genotype.reduce)]
+    support = list(zip(edges[::2], edges[1::2]))
+    shape = [len(genotype.normal), genotype.normal_concat, len(genotype.reduce), genotype.reduce_concat]
+    if shape != [8, [2, 3, 4, 5]] * 2 or any(first == second for first, second in support):
+        raise InputError("dha's cells have 4 nodes, all concatenated, with two different edges each")
+    return [list(pair) for pair in support]
 
 # -------- Hyper-parameters (Eq. 3) --------------------------------------------------------------------------
 
@@ -452,7 +537,8 @@ class DHA:
     """What a run learns: theta and b (in net), tau, eta = (lr, wd); and what their optimizers remember."""
     def __init__(self, args: argparse.Namespace, data: Data, device: torch.device):
         auxiliary, count = args.auxiliary_weight > 0, len(AUGMENTATIONS)
-        self.net = SparseSupernet(args.channels, len(data.classes), args.layers, auxiliary, args.b_scale)
+        size, stem = (args.channels, len(data.classes), args.layers), common.stem_for(data.train_images)
+        self.net = SparseSupernet(*size, auxiliary, args.b_scale, args.space, stem)
         self.net.to(device, memory_format=torch.channels_last)
         self.theta = [p for name, p in self.net.named_parameters() if not name.startswith("b.")]
         self.velocity: dict[Tensor, Tensor] = {}  # v of what the last step moved
@@ -462,8 +548,9 @@ class DHA:
         self.mean, self.std = common.mean_std(data.train_images)
 
 def train_step(s: DHA, images: Tensor, labels: Tensor, args: argparse.Namespace) -> Tensor:
-    """One iteration on uint8 images (B, 3, H, W), labels (B,). Returns (loss, accuracy in %), detached."""
-    x = common.random_crop_flip(images).float() / 255
+    """One iteration on images (B, 3, H, W) in [0, 1], cropped and flipped at random, and labels (B,).
+    Returns (loss, accuracy in %), detached."""
+    x = images
     if not args.no_da:
         pairs = sample_pairs(s.tau, len(x))
         x = apply_pairs(x, pairs)
@@ -471,9 +558,10 @@ def train_step(s: DHA, images: Tensor, labels: Tensor, args: argparse.Namespace)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
         out = s.net(x)
     logits, *auxiliary = out if isinstance(out, tuple) else (out,)
-    losses = F.cross_entropy(logits.float(), labels, reduction="none")  # L_k, (B,)
+    L = partial(F.cross_entropy, target=labels, reduction="none", label_smoothing=args.label_smoothing)
+    losses = L(logits.float())  # L_k, (B,)
     for head in auxiliary:
-        losses = losses + args.auxiliary_weight * F.cross_entropy(head.float(), labels, reduction="none")
+        losses = losses + args.auxiliary_weight * L(head.float())
 
     for p in [*s.velocity, *s.net.b, s.tau]:
         p.grad = None
@@ -499,6 +587,16 @@ def train_step(s: DHA, images: Tensor, labels: Tensor, args: argparse.Namespace)
     return torch.stack([losses.mean(), 100 * (logits.argmax(1) == labels).float().mean()]).detach()
 
 # -------- The loop: search and training are one -------------------------------------------------------------
+
+DHA_PRESETS = {  # where they differ from the flags' defaults, which are the CIFAR-10 settings
+    "quick": dict(dataset="shapes", search_epochs=3, train_epochs=4, channels=8, layers=3, batch_size=64,
+                  lr=0.05, beta_lr=3e-4, beta_wd=1e-3, tau_lr=0.25, arch_lr=3e-3, b_scale=0.1,
+                  drop_path=0.0, auxiliary_weight=0.0, cutout=0),
+    "imagenet": dict(dataset="imagenet", channels=48, layers=14, batch_size=128, train_epochs=250, lr=0.1,
+                     weight_decay=3e-5, warmup_epochs=5, label_smoothing=0.1, drop_path=0.0, cutout=0),  # [A]
+    "mobilenet": dict(channels=32, layers=21, auxiliary_weight=0.0, drop_path=0.0),  # ProxylessNAS' size
+    "mobilenet quick": dict(channels=16, layers=6),
+}
 
 progress = partial(tqdm, leave=False, disable=RANK > 0, mininterval=0.1 if sys.stderr.isatty() else 30)
 
@@ -535,20 +633,20 @@ def load_data(args: argparse.Namespace, device: torch.device) -> Data:
     """The data set of the flags, on the device. Raises InputError where nothing can be trained on it."""
     if RANK:
         dist.barrier()  # one process downloads while the others wait
-    names = "dataset data_dir image_size limit_train limit_test workers".split()
+    names = "dataset data_dir image_size limit_train limit_test workers seed cache_gb skip_damaged".split()
     data = common.load_data(*(getattr(args, name) for name in names))
     if WORLD > 1 and RANK == 0:
         dist.barrier()
     H, W = data.train_images.shape[-2:]
     if H != W or len(data.classes) < 2 or len(data.train_images) < 2:
         raise InputError(f"images are {W}x{H}: --image-size makes them square; there must be 2, of 2 classes")
-    if H < 29 and getattr(args, "auxiliary_weight", 0):
+    if (H < 29 or 64 <= H < 193) and getattr(args, "auxiliary_weight", 0):  # the imagenet stem from 64 on
         raise InputError(f"{H} pixels are too few for the auxiliary head: give --auxiliary-weight 0")
     return data.to(device)
 
 def within_limits(net: SparseSupernet, args: argparse.Namespace, image_size: int) -> bool:
     """The constraints of Eq. (1): parameters and multiply-adds of the network that the support stands for."""
-    active = {p for k in range(2 * NODES) for op in net.operations(k) for p in op.parameters()}
+    active = {p for k in range(len(net.frozen)) for op in net.operations(k) for p in op.parameters()}
     idle = {*net.b.parameters(), *(p for cell in net.cells for p in cell.nodes.parameters())} - active
     c = common.count_parameters(net) - sum(p.numel() for p in idle)
     fits = args.max_params is None or c <= args.max_params  # Eq. (1): c_i(alpha) <= C_i
@@ -560,7 +658,7 @@ def start(args: argparse.Namespace, data: Data, device: torch.device) -> DHA:
     s = DHA(args, data, device)
     for _ in range(1 if args.genotype else 30):
         if args.genotype:
-            s.theta = list(s.net.keep(common.parse_genotype(args.genotype)).parameters())
+            s.theta = list(s.net.keep(common.parse_genotype(args.genotype, args.space)).parameters())
         else:
             s.net.recover(args.lasso)
         if within_limits(s.net, args, data.train_images.shape[-1]):
@@ -577,8 +675,8 @@ def state_of(s: DHA) -> dict:
 
 def restore(s: DHA, state: dict) -> None:
     s.net.support = state["support"]
-    for k in range(2 * NODES):
-        if state["frozen"][k] and not s.net.frozen[k]:
+    for k, frozen in enumerate(state["frozen"]):
+        if frozen and not s.net.frozen[k]:
             s.net.freeze(k)
     if all(s.net.frozen):
         s.theta = list(s.net.keep(s.net.genotype()).parameters())
@@ -603,26 +701,28 @@ def search_and_train(s: DHA, args: argparse.Namespace, data: Data, run: argparse
         s.net.train().drop_path_prob = args.drop_path * share
         if args.no_hpo:  # ISTA-NAS: constant while searching, then cosine to lr / 25
             s.lr.fill_(args.lr * (0.04 + 0.48 * (1 + math.cos(math.pi * share))))
+        if epoch < args.warmup_epochs:  # Eq. (3) moves it from there on
+            s.lr.fill_(args.lr * (epoch + 1) / args.warmup_epochs)
         order = common.batches(len(images), args.batch_size, seed, RANK, WORLD).to(device)
         meters = torch.zeros(len(order), 2, device=device)
-        bar = progress(order, f"{phase}, epoch {epoch + 1}")
-        for step, batch in enumerate(bar):
-            meters[step] = train_step(s, images[batch], labels[batch], args)
+        bar = progress(common.loader(images, labels, order, True), f"{phase}, epoch {epoch + 1}", len(order))
+        for step, (x, y) in enumerate(bar):
+            meters[step] = train_step(s, x, y, args)
             if step % 20 == 19:
                 means = meters[: step + 1].mean(0).tolist() + [float(s.lr), float(s.wd)]
                 bar.set_postfix_str("loss {:.3f} {:.1f}% lr {:.4f} wd {:.1e}".format(*means), refresh=False)
         learned = [*s.velocity, *s.net.b, s.tau, s.lr, s.wd]
         loss, accuracy = epoch_means(meters, learned, epoch, "--lr, --beta-lr or --tau-lr")
-        test = evaluate(s.net, data.test_images, data.test_labels, s.mean, s.std)
+        test = evaluate(s.net, data.test_images, data.test_labels, s.mean, s.std, RANK, WORLD)
         record = {"epoch": epoch + 1, "phase": phase, "loss": loss, "train_accuracy": accuracy}
         record |= {"test_accuracy": test, "lr": float(s.lr), "wd": float(s.wd), "frozen": sum(s.net.frozen)}
         record["entropy"] = float(torch.special.entr(s.tau.detach().flatten().softmax(0)).sum())  # nats
-        skips = str(s.net.genotype().normal).count("skip_connect")
+        skips = s.net.skip_connects()
         record |= {"support": s.net.support, "skip_connects": skips}  # as trained; what follows changes it
         if phase == "search":
-            if skips > 4:
-                print("warning: most operations of the normal cell are skip-connections")
-            fixed = [k for k in range(2 * NODES) if not s.net.frozen[k]]  # the last: as they were trained [A]
+            if skips > len(s.net.frozen) // 2:
+                print("warning: most operations of the normal cell, or layers, are skip-connections")
+            fixed = [k for k, frozen in enumerate(s.net.frozen) if not frozen]  # as last trained [A]
             if epoch + 1 < args.search_epochs:
                 moved = record["moved"] = s.net.recover(args.lasso, fits)
                 if not moved:
@@ -637,14 +737,23 @@ def search_and_train(s: DHA, args: argparse.Namespace, data: Data, run: argparse
         end_epoch(run, record, begun, dha=state_of(s))
 
 @torch.no_grad()
-def evaluate(net: nn.Module, images: Tensor, labels: Tensor, mean: Tensor, std: Tensor) -> float:
-    """Accuracy in % on uint8 images (N, 3, H, W); leaves the network's mode as it was."""
-    training, correct = net.training, torch.zeros((), device=images.device)
+def evaluate(net: nn.Module, images: Tensor | Photos, labels: Tensor, mean: Tensor, std: Tensor,
+             rank: int = 0, world: int = 1) -> float:
+    """Accuracy in % on a data set's images, shared by the processes; leaves the network's mode as it was."""
+    training, order = net.training, torch.arange(rank, len(labels), world, device=labels.device)
+    if world > 1:
+        for buffer in net.buffers():  # the running statistics of batch norm are rank 0's
+            dist.broadcast(buffer, 0)
+    counts = torch.zeros(2, device=labels.device)  # correct, seen
     net.eval()
-    for x, y in zip(images.split(500), labels.split(500)):
-        correct += (net(common.normalize(x, mean, std)).argmax(1) == y).sum()
+    for x, y in common.loader(images, labels, order.split(500 if images.shape[3] < 64 else 50), train=False):
+        counts[0] += (net(common.normalize(x, mean, std)).argmax(1) == y).sum()
+        counts[1] += len(y)
     net.train(training)
-    return 100 * float(correct) / len(labels)
+    if world > 1:
+        dist.all_reduce(counts)
+    correct, seen = counts.tolist()
+    return 100 * correct / seen
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[SparseSupernet, dict]:
     """The network in a model.pt, in eval mode, and what else the file holds (classes, mean, std, image_size).
@@ -653,8 +762,10 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Sp
     """
     try:
         info = torch.load(path, map_location=device, weights_only=True)
-        net = SparseSupernet(info["channels"], len(info["classes"]), info["layers"])
-        net.keep(common.parse_genotype(info["genotype"])).load_state_dict(info.pop("state_dict"))
+        size, kind = (info["channels"], len(info["classes"]), info["layers"]), (info["space"], info["stem"])
+        net = SparseSupernet(*size, False, 1e-3, *kind)
+        net.keep(common.parse_genotype(info["genotype"], info["space"]))
+        net.load_state_dict(info.pop("state_dict"))
     except Exception as e:  # a damaged file can make the unpickler raise anything
         raise InputError(f"cannot read the model {path}: {type(e).__name__}: {e}".splitlines()[0]) from e
     return net.to(device).eval(), info
@@ -666,13 +777,10 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Sp
 
 def save(path: Path, content: dict) -> None:
     """Write a .pt or .json file whole or not at all; keep the last checkpoint as checkpoint.previous.pt."""
-    part = path.with_name(path.name + ".part")
+    part, text = path.with_name(path.name + ".part"), path.suffix == ".json"
     try:
         with open(part, "wb") as file:
-            if path.suffix == ".pt":
-                torch.save(content, file)
-            else:
-                file.write(json.dumps(content, indent=1).encode() + b"\n")
+            file.write(json.dumps(content, indent=1).encode()) if text else torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as e:
@@ -707,15 +815,15 @@ def read_json(path: Path, *names: str) -> dict:
 def settings_of_run(args: argparse.Namespace, argv: list[str], seed: int) -> argparse.Namespace:
     """The settings of one seed, `out` among them; those of its config.json where --resume goes on with it.
     Writes nothing. Raises InputError where `out` holds something else, or a flag in argv is not the run's."""
-    script, free = Path(__file__), "out resume repeats check gpu workers data_dir".split()
+    script, free = Path(__file__), "out resume repeats check gpu workers cache_gb data_dir".split()
     out = Path(args.out or f"runs/{script.stem}-{args.dataset}-seed{seed}")
     out = out / f"seed{seed}" if args.out and args.repeats > 1 else out
     now = vars(args) | {"seed": seed, "out": str(out)}
     begun = {"metrics.jsonl", "config.json.part", script.name}  # what a run has before its config.json
     if args.resume and (out / "config.json").exists():
-        about = read_json(out / "config.json", "args", "script", "processes", *now)
-        if (about["script"], about["processes"], len(about["args"])) != (script.name, WORLD, len(now)):
-            raise InputError(f"{out} is by {about['script']}, {about['processes']} processes, or outdated")
+        about = read_json(out / "config.json", "args", "script", *now)
+        if (about["script"], len(about["args"])) != (script.name, len(now)):
+            raise InputError(f"{out} is by {about['script']}, or outdated")
         own = {"out": str(out)} if args.repeats == 1 else {"out": str(out), "seed": seed}
         now = vars(parse_args(argv, about["args"])) | own
         for name in sorted(now.keys() - free):
@@ -752,7 +860,8 @@ def open_run(args: argparse.Namespace, device: torch.device) -> argparse.Namespa
 def end_epoch(run: argparse.Namespace, record: dict, start: float, **parts: dict) -> None:
     """Print an epoch's record, append it to metrics.jsonl, and save the checkpoint with `parts`."""
     run.history.append(record)
-    run.seconds[record["phase"]] = run.seconds.get(record["phase"], 0) + time.time() - start
+    for key, count in ((record["phase"], 1), ("processes", WORLD)):
+        run.seconds[key] = run.seconds.get(key, 0.0) + count * (time.time() - start)
     if RANK == 0:
         save(run.out / "checkpoint.pt", {"history": run.history, "seconds": run.seconds} | parts)
         print(json.dumps(record), file=run.log, flush=True)
@@ -780,22 +889,22 @@ def run_dha(args: argparse.Namespace, device: torch.device) -> dict:
     method += " without DA" * args.no_da + " without HPO" * args.no_hpo
     method = method.replace("DHA without DA without HPO", "One-Stage ISTA")
     result = {
-        "test_accuracy": evaluate(net, data.test_images, data.test_labels, s.mean, s.std),
-        "train_loss": run.history[-1]["loss"], "method": method, "dataset": args.dataset, "seed": args.seed,
+        "test_accuracy": evaluate(net, data.test_images, data.test_labels, s.mean, s.std), "method": method,
+        "train_loss": run.history[-1]["loss"], "dataset": args.dataset, "seed": args.seed,
         "params": common.count_parameters(net), "flops": common.count_flops(net, size),
         "epochs": len(run.history), "search_epochs": sum(r["phase"] == "search" for r in run.history),
-        "seconds": sum(run.seconds.values()), "search_seconds": run.seconds.get("search", 0.0),
-        "genotype": str(genotype),
-    }
+        "gpu_hours": run.seconds.pop("processes", 0.0) / 3600, "seconds": sum(run.seconds.values()),
+        "search_seconds": run.seconds.get("search", 0.0), "genotype": str(genotype)}
     common.save_genotype(genotype, out / "genotype.json")
     p = s.tau.detach().cpu().flatten().softmax(0).view(s.tau.shape)
     if not args.no_da:
         save(out / "policy.json", {"operations": list(AUGMENTATIONS), "probability": p.tolist()})
-    model = {"genotype": str(genotype), "channels": args.channels, "layers": args.layers}
-    model |= {"classes": data.classes, "image_size": size, "mean": s.mean.cpu(), "std": s.std.cpu()}
-    save(out / "model.pt", model | {"state_dict": net.cpu().state_dict()})
+    info = {"stem": common.stem_for(data.train_images), "classes": data.classes, "image_size": size}
+    info |= {name: getattr(args, name) for name in ("channels", "layers", "space")}
+    info |= {"genotype": str(genotype), "mean": s.mean.cpu(), "std": s.std.cpu()}
+    save(out / "model.pt", info | {"state_dict": net.cpu().state_dict()})
     try:
-        draw_dha(out, run.history, genotype, None if args.no_da else p)
+        draw_dha(out, run.history, net, None if args.no_da else p)
     except Exception as e:  # whatever matplotlib raises: a trained network is not lost for a picture
         print(f"warning: not all figures could be drawn: {type(e).__name__}: {e}")
     save(out / "result.json", result)
@@ -803,9 +912,9 @@ def run_dha(args: argparse.Namespace, device: torch.device) -> dict:
 
 def evaluate_run(argv: list[str], folder: Path, net: nn.Module, info: dict, device: torch.device) -> int:
     """--evaluate: the test accuracy of a finished run's network, on the run's data set if argv names none."""
-    names = "dataset data_dir image_size limit_train limit_test".split()
+    names = "dataset data_dir image_size limit_test seed".split()
     saved = read_json(folder / "config.json", *names)
-    own = {name: saved[name] for name in names} | {"auxiliary_weight": 0.0}
+    own = {name: saved[name] for name in names} | {"auxiliary_weight": 0.0, "limit_train": 2}
     data = load_data(parse_args(argv, own), device)
     if data.classes != info["classes"]:
         raise InputError(f"the data set has other classes than the model: {info['classes'][:3]} ...")
@@ -837,10 +946,19 @@ def draw_run(out: Path, history: list[dict], genotype: Genotype | None, panels: 
     figure.savefig(out / "curves.png", dpi=150)
     return plt
 
-def draw_dha(out: Path, history: list[dict], genotype: Genotype, p: Tensor | None) -> None:
+def draw_dha(out: Path, history: list[dict], net: SparseSupernet, p: Tensor | None) -> None:
     """Write the figures of a run; p (14, 14) is the policy at the end."""
-    panels = {"loss (nats)": ["loss"], "accuracy (%)": ["train_accuracy", "test_accuracy"]}
-    plt = draw_run(out, history, genotype, panels | {"learning rate": ["lr"], "weight decay": ["wd"]})
+    genotype, kept, acc = net.genotype(), net.kept, ["train_accuracy", "test_accuracy"]
+    panels = {"loss (nats)": ["loss"], "accuracy (%)": acc, "learning rate": ["lr"], "weight decay": ["wd"]}
+    plt = draw_run(out, history, genotype if kept == 2 else None, panels)
+    if plt and kept == 1:
+        figure, axis = plt.subplots(figsize=(max(0.5 * len(genotype), 5), 2.6), layout="constrained")
+        for i, (layer, name) in enumerate(zip(net.cells, genotype)):
+            axis.bar(i, {"3": 3, "5": 5, "7": 7}.get(name[-1], 0), color=("#56B4E9", "#0072B2")["6_" in name])
+            axis.text(i, 0.2, layer.width, ha="center", fontsize=8)
+            axis.axvline(i - 0.5, color="0.3", linestyle=":", linewidth=1.5 * (layer.stride == 2))
+        axis.set(ylim=(0, 7.5), ylabel="kernel (dark: 6 wide, not 3)", xlabel="layer; dotted: stride 2")
+        figure.savefig(out / "layers.png", dpi=150)
     if plt and p is not None:
         figure, axis = plt.subplots(figsize=(7.5, 6.4), layout="constrained")
         figure.colorbar(axis.imshow(100 * p), label="probability of the pair (%; uniform: 0.51)")
@@ -851,23 +969,25 @@ def draw_dha(out: Path, history: list[dict], genotype: Genotype, p: Tensor | Non
     search = [r for r in history if r["phase"] == "search"]
     if plt and search:
         figure, axis = plt.subplots(figsize=(min(6 + 0.5 * len(search), 16), 7), layout="constrained")
-        colors = plt.matplotlib.colors.ListedColormap(common.OPERATION_COLORS[1:])
+        cells = dict(cmap=plt.matplotlib.colors.ListedColormap(common.OPERATION_COLORS[1:]), edgecolor="w")
         for r in search:
-            edges = [edge for node in r["support"] for edge in node]  # 16 of (operation, state)
-            x, column = [r["epoch"] - 0.5, r["epoch"] + 0.5], [[OPS.index(name)] for name, _ in edges]
-            image = axis.pcolormesh(x, range(17), column, cmap=colors, vmin=-0.5, vmax=6.5, edgecolor="w")
+            edges = [edge for node in r["support"] for edge in node]  # of (operation, state)
+            x, column = [r["epoch"] - 0.5, r["epoch"] + 0.5], [[net.ops.index(name)] for name, _ in edges]
+            image = axis.pcolormesh(x, range(len(edges) + 1), column, vmin=-0.5, vmax=6.5, **cells)
             for y, (_, state) in enumerate(edges):
                 axis.text(r["epoch"], y + 0.5, state, ha="center", va="center", fontsize=8)
-        figure.colorbar(image, ticks=range(7)).ax.set_yticklabels(OPS)
-        axis.set_yticks(range(1, 17, 2), [f"{cell} {j}" for cell in ("normal", "reduce") for j in range(4)])
+        figure.colorbar(image, ticks=range(7)).ax.set_yticklabels(net.ops)
+        names = [f"{('normal', 'reduce')[k // 4]} {k % 4}" for k in range(8)] if kept == 2 else None
+        axis.set_yticks([kept * (k + 0.5) for k in range(len(net.frozen))], names)
         axis.locator_params(axis="x", integer=True)
-        axis.set(xlabel="epoch", ylim=(16, 0), title="Support of every node (number: the state that is read)")
+        axis.set(xlabel="epoch", ylim=(y + 1, 0), title="Support of every node (number: the state it reads)")
         figure.savefig(out / "support.png", dpi=150)
         plt.close("all")
 
 LEAST = dict(  # the least value of flags, where it is not 1 for whole numbers and 0 for others
-    gpu=-1, seed=0, train_epochs=0, cutout=0, batch_size=2, search_batch_size=2, limit_train=2, image_size=8,
-    channels=2, search_channels=2, layers=3, search_layers=3, search_images=4, faa_images=4, faa_batch_size=4)
+    gpu=-1, seed=0, train_epochs=0, warmup_epochs=0, cutout=0, batch_size=2, search_batch_size=2,
+    limit_train=2, image_size=8, channels=2, search_channels=2, layers=3, search_layers=3, search_images=4,
+    faa_images=4, faa_batch_size=4)
 
 class Parser(argparse.ArgumentParser):
     """argparse with the flags that every script has, presets, and mistakes reported in one line."""
@@ -875,13 +995,15 @@ class Parser(argparse.ArgumentParser):
         layout = lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=34, width=110)
         super().__init__(description=doc.split("\n\n")[0], formatter_class=layout, allow_abbrev=False)
         add = self.add_argument_group("what to run, on what").add_argument
-        add("--preset", choices=["paper", "quick"], default="paper", help="settings; other flags win over it")
+        add("--preset", choices=["paper", "quick", "imagenet"], default="paper", help="other flags win")
         add("--dataset", choices=common.DATASETS, default="cifar10", help="data set")
         add("--data-dir", default="data", help="where data sets are, or are downloaded to")
         add("--image-size", type=int, help="scale images to this side; None: as they are")
         add("--limit-train", type=int, help="use only so many training images")
         add("--limit-test", type=int, help="use only so many test images")
-        add("--workers", type=int, default=4, help="threads that read image files")
+        add("--workers", type=int, default=4, help="threads or processes that read image files")
+        add("--cache-gb", type=float, default=8.0, help="photographs that fit are kept in memory (a process)")
+        add("--skip-damaged", action="store_true", help="leave out image files that cannot be read")
         add("--seed", type=int, default=0, help="seed of everything random")
         add("--repeats", type=int, default=1, help="run seeds S..S+R-1 and report mean and std")
         add("--out", help="run directory; None: runs/<script>-<dataset>-seed<seed>")
@@ -891,19 +1013,22 @@ class Parser(argparse.ArgumentParser):
         add("--gpu", type=int, help="GPU number, -1 for the CPU; None: 0 if there is one")
         add("--amp", action="store_true", help="bfloat16 autocast (GPU only)")
 
-    def settings(self, argv: list[str], quick: dict, saved: dict) -> tuple[argparse.Namespace, list[str]]:
-        """What argv says, over `saved`, over `quick` if that preset is on; and what in argv is not known."""
-        if self.parse_known_args(argv)[0].preset == "quick":
-            self.set_defaults(**quick)
+    def settings(self, argv: list[str], presets: dict, saved: dict) -> tuple[argparse.Namespace, list[str]]:
+        """What argv says, over `saved`, over the presets that it chose; and what in argv is not known."""
+        first = self.parse_known_args(argv)[0]
+        for words, values in presets.items():
+            if set(words.split()) <= {first.preset, getattr(first, "space", None)}:
+                self.set_defaults(**values)
         self.set_defaults(**saved)
         args, rest = self.parse_known_args(argv)
         for name, value in vars(args).items():
-            least, end = LEAST.get(name, int(type(value) is int)), 1 if name == "drop_path" else 1e10
+            least = LEAST.get(name, int(type(value) is int))
+            end = 1 if name in ("drop_path", "label_smoothing") else 1e10
             if type(value) in (int, float) and not least <= value < end:
                 self.error(f"--{name.replace('_', '-')} must be from {least} to below {end:g}, not {value}")
         genotype = getattr(args, "genotype", None)
         if genotype and genotype != saved.get("genotype"):  # itself: a run does not depend on the file
-            args.genotype = str(common.load_genotype(genotype))
+            args.genotype = str(common.load_genotype(genotype, getattr(args, "space", "cells")))
         return args, rest
 
     def error(self, message: str) -> None:
@@ -916,12 +1041,14 @@ def parse_args(argv: list[str], saved: dict = {}) -> argparse.Namespace:
     add("--search-epochs", type=int, default=120, help="most epochs until the architecture is fixed")
     add("--train-epochs", type=int, default=600, help="epochs after it is fixed, same weights")
     add("--batch-size", type=int, default=96, help="images a step, over all GPUs")
-    add("--channels", type=int, default=36, help="channels of the first cells (even)")
-    add("--layers", type=int, default=20, help="cells; reductions at 1/3 and 2/3")
+    add("--channels", type=int, default=36, help="channels of the first cells (even); mobilenet: of the stem")
+    add("--layers", type=int, default=20, help="cells, reductions at 1/3 and 2/3; mobilenet: layers, 5 n + 1")
     add("--lr", type=float, default=0.025, help="learning rate at the start")
     add("--weight-decay", type=float, default=3e-4, help="weight decay at the start")
     add("--grad-clip", type=float, default=5.0, help="largest norm of the weights' gradient")
     add("--auxiliary-weight", type=float, default=0.4, help="loss weight of the auxiliary head")
+    add("--label-smoothing", type=float, default=0.0, help="share of the label given to all classes alike")
+    add("--warmup-epochs", type=int, default=0, help="epochs in which lr rises to --lr, linearly")
     add("--drop-path", type=float, default=0.2, help="drop-path probability at the end of training")
     add("--cutout", type=int, default=16, help="side of the cutout square in pixels")
     add = parser.add_argument_group("data augmentation (DA)").add_argument
@@ -934,22 +1061,21 @@ def parse_args(argv: list[str], saved: dict = {}) -> argparse.Namespace:
     add("--max-lr-step", type=float, default=0.1, help="most that a step of Eq. 3 moves lr, as a share of it")
     add("--max-wd-step", type=float, default=1e-5, help="most that a step of Eq. 3 moves the weight decay")
     add = parser.add_argument_group("architecture (NAS)").add_argument
-    names = ", ".join(common.GENOTYPES)
-    add("--genotype", metavar="NAME|FILE", help=f"no architecture search: {names} or a file")
+    add("--space", choices=SPACES, default="cells", help="DARTS' cells, or ProxylessNAS' layers")
+    add("--genotype", metavar="NAME|FILE", help=f"no search: {', '.join(common.GENOTYPES)} or a file")
     add("--arch-lr", type=float, default=3e-4, help="Adam's learning rate for b")
     add("--b-scale", type=float, default=1e-3, help="standard deviation of b's first values")
     add("--lasso", type=float, default=1e-5, help="lambda of Eq. 4")
     add("--freeze-distance", type=float, default=1e-3, help="a node freezes if its alpha moved no more")
     add("--max-params", type=int, help="Eq. 1: reject supports whose network has more parameters")
     add("--max-flops", type=int, help="Eq. 1: reject supports with more multiply-adds an image")
-    quick = dict(dataset="shapes", search_epochs=3, train_epochs=4, channels=8, layers=3, batch_size=64)
-    quick |= dict(lr=0.05, beta_lr=3e-4, beta_wd=1e-3, tau_lr=0.25, arch_lr=3e-3, b_scale=0.1, drop_path=0.0)
-    quick |= dict(auxiliary_weight=0.0, cutout=0)
-    args, rest = parser.settings(argv, quick, saved)
+    args, rest = parser.settings(argv, DHA_PRESETS, saved)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.channels % 2:
         parser.error("channels must be even: a factorized reduction splits them in two")
+    if args.space == "mobilenet" and (args.layers < 6 or args.layers % 5 != 1 or args.auxiliary_weight):
+        parser.error("--space mobilenet has 6, 11, 16, 21, ... layers and no auxiliary head")
     if args.genotype and not args.train_epochs:
         parser.error("--genotype with --train-epochs 0 leaves nothing to do")
     for name, (low, high) in (("lr", LR_RANGE), ("weight_decay", WD_RANGE)):
@@ -964,7 +1090,6 @@ def main(argv: list[str]) -> int:
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt(128 + number)
-
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
@@ -982,7 +1107,9 @@ def main(argv: list[str]) -> int:
             accuracy = torch.tensor([result["test_accuracy"] for result in results])
             print(f"{len(results)} seeds: test accuracy {accuracy.mean():.2f} ± {accuracy.std():.2f} %")
         return 0
-    except (InputError, OSError, ArithmeticError, torch.cuda.OutOfMemoryError) as e:
+    except (InputError, OSError, ArithmeticError, RuntimeError) as e:
+        if type(e) is RuntimeError and WORLD == 1:  # not GPU memory, nor a process that died
+            raise
         if RANK:
             time.sleep(5)  # where rank 0 has failed too, and said so, torchrun ends this process now
         print("error:", str(e).splitlines()[0], file=sys.stderr)
@@ -994,7 +1121,6 @@ def main(argv: list[str]) -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -45,7 +45,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import common
-from common import PRIMITIVES, Data, FactorizedReduce, Genotype, InputError, Network
+from common import PRIMITIVES, Data, FactorizedReduce, Genotype, InputError, Network, Photos
 
 # -------- Augmentations: batched, differentiable, one magnitude an image ------------------------------------
 #
@@ -322,13 +322,12 @@ class DartsSupernet(nn.Module):
     """The search network of DARTS: all operations on all edges, weighted by the softmax of alpha (Eq. 5).
     Input: normalised images (B, 3, H, W). Output: logits (B, num_classes). alphas_normal, alphas_reduce:
     (14, 8), a row an edge, node by node, a column one of PRIMITIVES, as in quark0/darts. 16 channels and 8
-    layers have 1,930,618 weights."""
-    def __init__(self, channels: int, num_classes: int, layers: int):
+    layers have 1,930,618 weights. stem: "cifar" or "imagenet"."""
+    def __init__(self, channels: int, num_classes: int, layers: int, stem: str = "cifar"):
         super().__init__()
         C = channels
-        self.stem = nn.Sequential(nn.Conv2d(3, 3 * C, 3, padding=1, bias=False), nn.BatchNorm2d(3 * C))
-        c_before, c_in, halved = 3 * C, 3 * C, False
-        self.cells = nn.ModuleList()
+        self.stem, self.stem1, c_in, halved = common.stems(stem, C)
+        c_before, self.cells = c_in, nn.ModuleList()
         self.reductions = (layers // 3, 2 * layers // 3)
         for i in range(layers):
             reduction = i in self.reductions
@@ -340,7 +339,8 @@ class DartsSupernet(nn.Module):
         self.alphas_reduce = nn.Parameter(1e-3 * torch.randn(14, len(PRIMITIVES)))
 
     def forward(self, x: Tensor) -> Tensor:
-        s0 = s1 = self.stem(x)
+        s0 = self.stem(x)
+        s1 = self.stem1(s0)
         normal, reduce = (alpha.softmax(1).to(s0.dtype) for alpha in self.alphas())  # of Eq. (5)
         for i, cell in enumerate(self.cells):
             s0, s1 = s1, cell(s0, s1, reduce if i in self.reductions else normal)
@@ -380,9 +380,13 @@ class JointSearch:
     """What the search learns: the network's weights w and alpha, the policy's z, p, mu; and their optimizers.
     With --genotype the network is that genotype's and there is no alpha; with --policy there is no policy."""
     def __init__(self, args: argparse.Namespace, data: Data, device: torch.device):
-        C, L, classes = args.search_channels, args.search_layers, len(data.classes)
+        size = len(data.classes), args.search_channels, args.search_layers
+        stem = common.stem_for(data.train_images)
         self.genotype = common.parse_genotype(args.genotype) if args.genotype else None
-        self.net = Network(self.genotype, classes, C, L) if self.genotype else DartsSupernet(C, classes, L)
+        if self.genotype:
+            self.net = Network(self.genotype, *size, stem=stem)
+        else:
+            self.net = DartsSupernet(size[1], size[0], size[2], stem)
         self.net.to(device, memory_format=torch.channels_last)
         self.alphas = [] if self.genotype else self.net.alphas()
         self.weights = [p for name, p in self.net.named_parameters() if not name.startswith("alphas")]
@@ -398,9 +402,8 @@ class JointSearch:
         self.mean, self.std = common.mean_std(data.train_images)
 
     def loss(self, images: Tensor, labels: Tensor, amp: bool) -> tuple[Tensor, Tensor]:
-        """L(w, alpha, z, p, mu) of uint8 images (B, 3, H, W), cross-entropy; and the accuracy in %."""
-        x = common.random_crop_flip(images).float() / 255
-        x = self.policy(x) if self.policy else x
+        """L(w, alpha, z, p, mu) of images (B, 3, H, W) in [0, 1], cross-entropy; and the accuracy in %."""
+        x = self.policy(images) if self.policy else images
         with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
             logits = self.net(common.normalize(x, self.mean, self.std)).float()
         return F.cross_entropy(logits, labels), 100 * (logits.argmax(1) == labels).float().mean()
@@ -413,8 +416,9 @@ def learn(some: list[Tensor], others: list[Tensor]) -> None:
             p.requires_grad_(on)
 
 def search_step(s: JointSearch, val: tuple, train: tuple, grad_clip: float, amp: bool) -> Tensor:
-    """One iteration of Alg. 1 on two batches of (uint8 images, labels), from D_val and from D_train.
-    Returns (L_val, its accuracy in %, L_train, its accuracy in %), detached: (4,)."""
+    """One iteration of Alg. 1 on two batches of (images, labels), from D_val and from D_train; the images
+    (B, 3, H, W) in [0, 1], cropped and flipped at random. Returns (L_val, its accuracy in %, L_train, its
+    accuracy in %), detached: (4,)."""
     learn(s.upper, others=s.weights)
     loss_val, accuracy_val = s.loss(*val, amp)  # lines 3 to 5
     loss_val.backward()  # line 6: of z, p, mu and alpha at once, with xi = 0 in Eq. (8)
@@ -435,6 +439,14 @@ def search_step(s: JointSearch, val: tuple, train: tuple, grad_clip: float, amp:
     return torch.stack([loss_val, accuracy_val, loss_train.detach(), accuracy_train])
 
 # -------- The search, and the training of what it found -----------------------------------------------------
+
+JOINT_PRESETS = {  # where they differ from the flags' defaults, the paper's settings; "imagenet": DARTS'
+    "quick": dict(dataset="shapes", search_epochs=4, search_images=768, search_channels=8, search_layers=3,
+                  arch_lr=3e-3, policy_lr=1e-2, train_epochs=4, batch_size=64, channels=8, layers=3, lr=0.1,
+                  auxiliary_weight=0.0, drop_path=0.0, cutout=0),
+    "imagenet": dict(dataset="imagenet", channels=48, layers=14, batch_size=128, train_epochs=250, lr=0.1,
+                     weight_decay=3e-5, warmup_epochs=5, label_smoothing=0.1, drop_path=0.0, cutout=0),
+}
 
 progress = partial(tqdm, leave=False, disable=RANK > 0, mininterval=0.1 if sys.stderr.isatty() else 30)
 
@@ -471,14 +483,14 @@ def load_data(args: argparse.Namespace, device: torch.device) -> Data:
     """The data set of the flags, on the device. Raises InputError where nothing can be trained on it."""
     if RANK:
         dist.barrier()  # one process downloads while the others wait
-    names = "dataset data_dir image_size limit_train limit_test workers".split()
+    names = "dataset data_dir image_size limit_train limit_test workers seed cache_gb skip_damaged".split()
     data = common.load_data(*(getattr(args, name) for name in names))
     if WORLD > 1 and RANK == 0:
         dist.barrier()
     H, W = data.train_images.shape[-2:]
     if H != W or len(data.classes) < 2 or len(data.train_images) < 2:
         raise InputError(f"images are {W}x{H}: --image-size makes them square; there must be 2, of 2 classes")
-    if H < 29 and getattr(args, "auxiliary_weight", 0):
+    if (H < 29 or 64 <= H < 193) and getattr(args, "auxiliary_weight", 0):  # the imagenet stem from 64 on
         raise InputError(f"{H} pixels are too few for the auxiliary head: give --auxiliary-weight 0")
     return data.to(device)
 
@@ -491,6 +503,7 @@ def search(args: argparse.Namespace, data: Data, run: argparse.Namespace) -> Joi
     torch.manual_seed(args.seed)
     device = data.train_images.device
     s = JointSearch(args, data, device)
+    images, labels = data.train_images, data.train_labels
     for name, state in run.state.get("search", {}).items():
         s.parts[name].load_state_dict(state)
     shuffled = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(args.seed))
@@ -502,11 +515,11 @@ def search(args: argparse.Namespace, data: Data, run: argparse.Namespace) -> Joi
         s.parts["w"].param_groups[0]["lr"] = lr
         s.net.train()
         draw = lambda k: common.batches(len(D_val), args.search_batch_size, 2 * seed + k, RANK, WORLD)
-        order = torch.stack([draw(0), draw(1)], 1).to(device)  # (steps, 2, B)
-        meters = torch.zeros(len(order), 4, device=device)
-        bar = progress(order, f"search {epoch + 1}/{args.search_epochs}")
+        order = D_val[draw(0).to(device)], D_train[draw(1).to(device)]  # (steps, B) each
+        val_batches, train_batches = (common.loader(images, labels, part, True) for part in order)
+        meters, bar = torch.zeros(len(order[0]), 4, device=device), zip(val_batches, train_batches)
+        bar = progress(bar, f"search {epoch + 1}/{args.search_epochs}", len(meters))
         for step, (val, train) in enumerate(bar):
-            val, train = ((data.train_images[i], data.train_labels[i]) for i in (D_val[val], D_train[train]))
             meters[step] = search_step(s, val, train, args.grad_clip, args.amp)
             if step % 20 == 19:
                 means = meters[: step + 1].mean(0).tolist()
@@ -531,7 +544,8 @@ def train(args: argparse.Namespace, data: Data, run: argparse.Namespace) -> Netw
     torch.manual_seed(args.seed)
     device = data.train_images.device
     genotype = common.load_genotype(run.out / "genotype.json")
-    net = Network(genotype, len(data.classes), args.channels, args.layers, args.auxiliary_weight > 0)
+    size = len(data.classes), args.channels, args.layers
+    net = Network(genotype, *size, args.auxiliary_weight > 0, common.stem_for(data.train_images))
     net.to(device, memory_format=torch.channels_last)
     policy = load_policy(run.out / "policy.json").to(device) if args.policy != "none" else None
     weights, (mean, std) = list(net.parameters()), common.mean_std(data.train_images)
@@ -542,22 +556,22 @@ def train(args: argparse.Namespace, data: Data, run: argparse.Namespace) -> Netw
     for epoch in range(len(run.history) - searched, args.train_epochs):
         start, seed = time.time(), args.seed * 100_003 + searched + epoch
         torch.manual_seed(seed * 1_009 + RANK)
-        lr = parts["w"].param_groups[0]["lr"] = cosine(args.lr, 0.0, epoch / args.train_epochs)
+        warm = min((epoch + 1) / args.warmup_epochs, 1) if args.warmup_epochs else 1
+        lr = parts["w"].param_groups[0]["lr"] = warm * cosine(args.lr, 0.0, epoch / args.train_epochs)
         net.drop_path_prob = args.drop_path * epoch / args.train_epochs
         net.train()
         order = common.batches(len(data.train_images), args.batch_size, seed, RANK, WORLD).to(device)
         meters = torch.zeros(len(order), 2, device=device)
-        bar = progress(order, f"train {epoch + 1}/{args.train_epochs}")
-        for step, batch in enumerate(bar):
-            x, labels = data.train_images[batch], data.train_labels[batch]
-            x = common.random_crop_flip(x).float() / 255
+        batches = common.loader(data.train_images, data.train_labels, order, True)
+        bar = progress(batches, f"train {epoch + 1}/{args.train_epochs}", len(order))
+        for step, (x, labels) in enumerate(bar):
             x = augment(x, policy) if policy else x
             x = common.cutout(common.normalize(x, mean, std), args.cutout)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 out = net(x)
             logits, *auxiliary = out if isinstance(out, tuple) else (out,)
-            loss = F.cross_entropy(logits.float(), labels)
-            extra = sum(F.cross_entropy(head.float(), labels) for head in auxiliary)
+            L = partial(F.cross_entropy, target=labels, label_smoothing=args.label_smoothing)
+            loss, extra = L(logits.float()), sum(L(head.float()) for head in auxiliary)
             parts["w"].zero_grad()
             (loss + args.auxiliary_weight * extra).backward()
             average_gradients(weights)
@@ -569,21 +583,30 @@ def train(args: argparse.Namespace, data: Data, run: argparse.Namespace) -> Netw
                 means = meters[: step + 1].mean(0).tolist()
                 bar.set_postfix_str("loss {:.3f} {:.1f}%".format(*means), refresh=False)
         loss, accuracy = epoch_means(meters, weights, searched + epoch, "--lr")
-        test = evaluate(net, data.test_images, data.test_labels, mean, std)
+        test = evaluate(net, data.test_images, data.test_labels, mean, std, RANK, WORLD)
         record = {"epoch": searched + epoch + 1, "phase": "train", "loss": loss, "train_accuracy": accuracy}
         record |= {"test_accuracy": test, "lr": lr, "drop_path": net.drop_path_prob}
         end_epoch(run, record, start, train={name: part.state_dict() for name, part in parts.items()})
     return net
 
 @torch.no_grad()
-def evaluate(net: nn.Module, images: Tensor, labels: Tensor, mean: Tensor, std: Tensor) -> float:
-    """Accuracy in % on uint8 images (N, 3, H, W); leaves the network's mode as it was."""
-    training, correct = net.training, torch.zeros((), device=images.device)
+def evaluate(net: nn.Module, images: Tensor | Photos, labels: Tensor, mean: Tensor, std: Tensor,
+             rank: int = 0, world: int = 1) -> float:
+    """Accuracy in % on a data set's images, shared by the processes; leaves the network's mode as it was."""
+    training, order = net.training, torch.arange(rank, len(labels), world, device=labels.device)
+    if world > 1:
+        for buffer in net.buffers():  # the running statistics of batch norm are rank 0's
+            dist.broadcast(buffer, 0)
+    counts = torch.zeros(2, device=labels.device)  # correct, seen
     net.eval()
-    for x, y in zip(images.split(500), labels.split(500)):
-        correct += (net(common.normalize(x, mean, std)).argmax(1) == y).sum()
+    for x, y in common.loader(images, labels, order.split(500 if images.shape[3] < 64 else 50), train=False):
+        counts[0] += (net(common.normalize(x, mean, std)).argmax(1) == y).sum()
+        counts[1] += len(y)
     net.train(training)
-    return 100 * float(correct) / len(labels)
+    if world > 1:
+        dist.all_reduce(counts)
+    correct, seen = counts.tolist()
+    return 100 * correct / seen
 
 # -------- What a run leaves, for other people's code --------------------------------------------------------
 
@@ -610,7 +633,7 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[
     try:
         info = torch.load(path, map_location=device, weights_only=True)
         genotype = common.parse_genotype(info["genotype"])
-        net = Network(genotype, len(info["classes"]), info["channels"], info["layers"])
+        net = Network(genotype, len(info["classes"]), info["channels"], info["layers"], stem=info["stem"])
         net.load_state_dict(info.pop("state_dict"))
     except Exception as e:  # a damaged file can make the unpickler raise anything
         raise InputError(f"cannot read the model {path}: {type(e).__name__}: {e}".splitlines()[0]) from e
@@ -623,13 +646,10 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[
 
 def save(path: Path, content: dict) -> None:
     """Write a .pt or .json file whole or not at all; keep the last checkpoint as checkpoint.previous.pt."""
-    part = path.with_name(path.name + ".part")
+    part, text = path.with_name(path.name + ".part"), path.suffix == ".json"
     try:
         with open(part, "wb") as file:
-            if path.suffix == ".pt":
-                torch.save(content, file)
-            else:
-                file.write(json.dumps(content, indent=1).encode() + b"\n")
+            file.write(json.dumps(content, indent=1).encode()) if text else torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as e:
@@ -664,15 +684,15 @@ def read_json(path: Path, *names: str) -> dict:
 def settings_of_run(args: argparse.Namespace, argv: list[str], seed: int) -> argparse.Namespace:
     """The settings of one seed, `out` among them; those of its config.json where --resume goes on with it.
     Writes nothing. Raises InputError where `out` holds something else, or a flag in argv is not the run's."""
-    script, free = Path(__file__), "out resume repeats check gpu workers data_dir".split()
+    script, free = Path(__file__), "out resume repeats check gpu workers cache_gb data_dir".split()
     out = Path(args.out or f"runs/{script.stem}-{args.dataset}-seed{seed}")
     out = out / f"seed{seed}" if args.out and args.repeats > 1 else out
     now = vars(args) | {"seed": seed, "out": str(out)}
     begun = {"metrics.jsonl", "config.json.part", script.name}  # what a run has before its config.json
     if args.resume and (out / "config.json").exists():
-        about = read_json(out / "config.json", "args", "script", "processes", *now)
-        if (about["script"], about["processes"], len(about["args"])) != (script.name, WORLD, len(now)):
-            raise InputError(f"{out} is by {about['script']}, {about['processes']} processes, or outdated")
+        about = read_json(out / "config.json", "args", "script", *now)
+        if (about["script"], len(about["args"])) != (script.name, len(now)):
+            raise InputError(f"{out} is by {about['script']}, or outdated")
         own = {"out": str(out)} if args.repeats == 1 else {"out": str(out), "seed": seed}
         now = vars(parse_args(argv, about["args"])) | own
         for name in sorted(now.keys() - free):
@@ -709,7 +729,8 @@ def open_run(args: argparse.Namespace, device: torch.device) -> argparse.Namespa
 def end_epoch(run: argparse.Namespace, record: dict, start: float, **parts: dict) -> None:
     """Print an epoch's record, append it to metrics.jsonl, and save the checkpoint with `parts`."""
     run.history.append(record)
-    run.seconds[record["phase"]] = run.seconds.get(record["phase"], 0) + time.time() - start
+    for key, count in ((record["phase"], 1), ("processes", WORLD)):
+        run.seconds[key] = run.seconds.get(key, 0.0) + count * (time.time() - start)
     if RANK == 0:
         save(run.out / "checkpoint.pt", {"history": run.history, "seconds": run.seconds} | parts)
         print(json.dumps(record), file=run.log, flush=True)
@@ -734,7 +755,6 @@ def run_joint(args: argparse.Namespace, device: torch.device) -> dict:
         common.batches(count, batch_size, 0, RANK, WORLD)  # an error now where processes cannot share a batch
     if args.check:
         return {"check": "passed"}
-
     run = open_run(args, device)
     if "train" not in run.state:
         if searching:
@@ -749,16 +769,16 @@ def run_joint(args: argparse.Namespace, device: torch.device) -> dict:
     net = None if args.search_only else train(args, data, run)
     if RANK:
         return {}
-
     genotype = common.load_genotype(out / "genotype.json")
-    plain = Network(genotype, len(data.classes), args.channels, args.layers).to(device)  # no auxiliary head
+    shape, stem = (len(data.classes), args.channels, args.layers), common.stem_for(data.train_images)
+    plain = Network(genotype, *shape, stem=stem).to(device)  # no auxiliary head
     parts = {None: " + Faster AA", "none": ""}.get(args.policy, " + given policy")
     result = {
         "method": ("given genotype" if args.genotype else "DARTS") + parts, "dataset": args.dataset,
         "seed": args.seed, "params": common.count_parameters(plain), "flops": common.count_flops(plain, size),
         "epochs": len(run.history), "search_epochs": sum(r["phase"] == "search" for r in run.history),
-        "seconds": sum(run.seconds.values()), "search_seconds": run.seconds.get("search", 0.0),
-        "genotype": str(genotype),
+        "gpu_hours": run.seconds.pop("processes", 0.0) / 3600, "seconds": sum(run.seconds.values()),
+        "search_seconds": run.seconds.get("search", 0.0), "genotype": str(genotype),
     }
     if net is not None:
         plain.load_state_dict(net.state_dict(), strict=False)
@@ -767,9 +787,12 @@ def run_joint(args: argparse.Namespace, device: torch.device) -> dict:
         result = {"test_accuracy": accuracy, "train_loss": run.history[-1]["loss"]} | result
         model = {"genotype": str(genotype), "channels": args.channels, "layers": args.layers}
         model |= {"classes": data.classes, "image_size": size, "mean": mean.cpu(), "std": std.cpu()}
+        model |= {"stem": stem}
         save(out / "model.pt", model | {"state_dict": plain.cpu().state_dict()})
     try:
-        draw_joint(out, run.history, genotype, data.test_images[:8].cpu().float() / 255)
+        first = torch.arange(min(8, len(data.test_labels)), device=device)[None]
+        images, _ = next(common.loader(data.test_images, data.test_labels, first, train=False))
+        draw_joint(out, run.history, genotype, images.cpu())
     except Exception as e:  # whatever matplotlib raises: a trained network is not lost for a picture
         print(f"warning: not all figures could be drawn: {type(e).__name__}: {e}")
     save(out / "result.json", result)
@@ -777,9 +800,9 @@ def run_joint(args: argparse.Namespace, device: torch.device) -> dict:
 
 def evaluate_run(argv: list[str], folder: Path, net: nn.Module, info: dict, device: torch.device) -> int:
     """--evaluate: the test accuracy of a finished run's network, on the run's data set if argv names none."""
-    names = "dataset data_dir image_size limit_train limit_test".split()
+    names = "dataset data_dir image_size limit_test seed".split()
     saved = read_json(folder / "config.json", *names)
-    own = {name: saved[name] for name in names} | {"auxiliary_weight": 0.0}
+    own = {name: saved[name] for name in names} | {"auxiliary_weight": 0.0, "limit_train": 2}
     data = load_data(parse_args(argv, own), device)
     if data.classes != info["classes"]:
         raise InputError(f"the data set has other classes than the model: {info['classes'][:3]} ...")
@@ -840,8 +863,9 @@ def draw_joint(out: Path, history: list[dict], genotype: Genotype, images: Tenso
         plt.close("all")
 
 LEAST = dict(  # the least value of flags, where it is not 1 for whole numbers and 0 for others
-    gpu=-1, seed=0, train_epochs=0, cutout=0, batch_size=2, search_batch_size=2, limit_train=2, image_size=8,
-    channels=2, search_channels=2, layers=3, search_layers=3, search_images=4, faa_images=4, faa_batch_size=4)
+    gpu=-1, seed=0, train_epochs=0, warmup_epochs=0, cutout=0, batch_size=2, search_batch_size=2,
+    limit_train=2, image_size=8, channels=2, search_channels=2, layers=3, search_layers=3, search_images=4,
+    faa_images=4, faa_batch_size=4)
 
 class Parser(argparse.ArgumentParser):
     """argparse with the flags that every script has, presets, and mistakes reported in one line."""
@@ -849,13 +873,15 @@ class Parser(argparse.ArgumentParser):
         layout = lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=34, width=110)
         super().__init__(description=doc.split("\n\n")[0], formatter_class=layout, allow_abbrev=False)
         add = self.add_argument_group("what to run, on what").add_argument
-        add("--preset", choices=["paper", "quick"], default="paper", help="settings; other flags win over it")
+        add("--preset", choices=["paper", "quick", "imagenet"], default="paper", help="other flags win")
         add("--dataset", choices=common.DATASETS, default="cifar10", help="data set")
         add("--data-dir", default="data", help="where data sets are, or are downloaded to")
         add("--image-size", type=int, help="scale images to this side; None: as they are")
         add("--limit-train", type=int, help="use only so many training images")
         add("--limit-test", type=int, help="use only so many test images")
-        add("--workers", type=int, default=4, help="threads that read image files")
+        add("--workers", type=int, default=4, help="threads or processes that read image files")
+        add("--cache-gb", type=float, default=8.0, help="photographs that fit are kept in memory (a process)")
+        add("--skip-damaged", action="store_true", help="leave out image files that cannot be read")
         add("--seed", type=int, default=0, help="seed of everything random")
         add("--repeats", type=int, default=1, help="run seeds S..S+R-1 and report mean and std")
         add("--out", help="run directory; None: runs/<script>-<dataset>-seed<seed>")
@@ -865,19 +891,22 @@ class Parser(argparse.ArgumentParser):
         add("--gpu", type=int, help="GPU number, -1 for the CPU; None: 0 if there is one")
         add("--amp", action="store_true", help="bfloat16 autocast (GPU only)")
 
-    def settings(self, argv: list[str], quick: dict, saved: dict) -> tuple[argparse.Namespace, list[str]]:
-        """What argv says, over `saved`, over `quick` if that preset is on; and what in argv is not known."""
-        if self.parse_known_args(argv)[0].preset == "quick":
-            self.set_defaults(**quick)
+    def settings(self, argv: list[str], presets: dict, saved: dict) -> tuple[argparse.Namespace, list[str]]:
+        """What argv says, over `saved`, over the presets that it chose; and what in argv is not known."""
+        first = self.parse_known_args(argv)[0]
+        for words, values in presets.items():
+            if set(words.split()) <= {first.preset, getattr(first, "space", None)}:
+                self.set_defaults(**values)
         self.set_defaults(**saved)
         args, rest = self.parse_known_args(argv)
         for name, value in vars(args).items():
-            least, end = LEAST.get(name, int(type(value) is int)), 1 if name == "drop_path" else 1e10
+            least = LEAST.get(name, int(type(value) is int))
+            end = 1 if name in ("drop_path", "label_smoothing") else 1e10
             if type(value) in (int, float) and not least <= value < end:
                 self.error(f"--{name.replace('_', '-')} must be from {least} to below {end:g}, not {value}")
         genotype = getattr(args, "genotype", None)
         if genotype and genotype != saved.get("genotype"):  # itself: a run does not depend on the file
-            args.genotype = str(common.load_genotype(genotype))
+            args.genotype = str(common.load_genotype(genotype, getattr(args, "space", "cells")))
         return args, rest
 
     def error(self, message: str) -> None:
@@ -893,8 +922,7 @@ def parse_args(argv: list[str], saved: dict = {}) -> argparse.Namespace:
     add("--search-channels", type=int, default=16, help="channels of the supernet (even)")
     add("--search-layers", type=int, default=8, help="cells of the supernet")
     add("--search-only", action="store_true", help="stop after the search: genotype.json and policy.json")
-    names = ", ".join(common.GENOTYPES)
-    add("--genotype", metavar="NAME|FILE", help=f"no architecture search: {names} or a file")
+    add("--genotype", metavar="NAME|FILE", help=f"no search: {', '.join(common.GENOTYPES)} or a file")
     add("--arch-lr", type=float, default=3e-4, help="Adam's learning rate for alpha")
     add("--policy", metavar="FILE|none", help="no policy search: train with this policy.json, or with none")
     add("--policy-lr", type=float, default=1e-3, help="Adam's learning rate for z, p and mu")
@@ -909,12 +937,11 @@ def parse_args(argv: list[str], saved: dict = {}) -> argparse.Namespace:
     add("--weight-decay", type=float, default=3e-4, help="weight decay at the start")
     add("--grad-clip", type=float, default=5.0, help="largest norm of the weights' gradient")
     add("--auxiliary-weight", type=float, default=0.4, help="loss weight of the auxiliary head")
+    add("--label-smoothing", type=float, default=0.0, help="share of the label given to all classes alike")
+    add("--warmup-epochs", type=int, default=0, help="epochs in which lr rises to --lr, linearly")
     add("--drop-path", type=float, default=0.2, help="drop-path probability at the end of training")
     add("--cutout", type=int, default=16, help="side of the cutout square in pixels")
-    quick = dict(dataset="shapes", search_epochs=4, search_images=768, search_channels=8, search_layers=3)
-    quick |= dict(arch_lr=3e-3, policy_lr=1e-2, train_epochs=4, batch_size=64, channels=8, layers=3, lr=0.1)
-    quick |= dict(auxiliary_weight=0.0, drop_path=0.0, cutout=0)
-    args, rest = parser.settings(argv, quick, saved)
+    args, rest = parser.settings(argv, JOINT_PRESETS, saved)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.channels % 2 or args.search_channels % 2:
@@ -930,7 +957,6 @@ def main(argv: list[str]) -> int:
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt(128 + number)
-
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
@@ -948,7 +974,9 @@ def main(argv: list[str]) -> int:
             accuracy = torch.tensor([result["test_accuracy"] for result in results])
             print(f"{len(results)} seeds: test accuracy {accuracy.mean():.2f} ± {accuracy.std():.2f} %")
         return 0
-    except (InputError, OSError, ArithmeticError, torch.cuda.OutOfMemoryError) as e:
+    except (InputError, OSError, ArithmeticError, RuntimeError) as e:
+        if type(e) is RuntimeError and WORLD == 1:  # not GPU memory, nor a process that died
+            raise
         if RANK:
             time.sleep(5)  # where rank 0 has failed too, and said so, torchrun ends this process now
         print("error:", str(e).splitlines()[0], file=sys.stderr)
@@ -960,7 +988,6 @@ def main(argv: list[str]) -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
