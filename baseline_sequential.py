@@ -373,7 +373,7 @@ def start_device(args: argparse.Namespace) -> torch.device:
     if gpu >= gpus or (gpu < 0 and args.amp):
         raise InputError(f"no such GPU, this machine has {gpus}: --gpu -1, without --amp, is the CPU")
     if gpu < 0:
-        full = args.preset == "paper" and not (args.evaluate or args.resume)
+        full = args.preset != "quick" and not (args.evaluate or args.resume)
         print("running on the CPU" + "; the paper's settings want a GPU" * full)
         return torch.device("cpu")
     print("running on", torch.cuda.get_device_name(gpu))

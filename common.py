@@ -15,6 +15,7 @@ import random
 import urllib.error
 from collections import namedtuple
 from collections.abc import Iterator, Sequence
+from copy import copy
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from operator import index
@@ -61,7 +62,6 @@ def load_data(
     seed: int = 0, cache_gb: float = 8.0, skip_damaged: bool = False,
 ) -> Data:
     """Load (downloading where that is possible) one of `DATASETS`.
-
     image_size: side in pixels; None: 224 for photographs, else the images' own size, which must be one size.
     limit_train, limit_test: keep that many images, a random choice that is the same for every seed.
     workers: threads or processes that read image files. seed: draws sport8's split and nothing else.
@@ -77,6 +77,8 @@ def load_data(
         size = image_size or (224 if dataset in PHOTOS else None)
         tensors, left = [], cache_gb * 1e9
         for found, limit in zip(splits, limits):
+            if not found:
+                raise InputError(f"no images to train or test on in {root}: {dataset} has a folder a class")
             files, labels = zip(*(found[i] for i in _keep(len(found), limit)))
             images, labels = Photos(files, size or 0, workers, skip_damaged), torch.tensor(labels)
             if dataset == "folder" and (size or 0) < 64:
@@ -138,8 +140,6 @@ def _files(directory: Path, classes: list[str]) -> list[tuple[str, int]]:
         found += [(path, classes.index(name)) for path in paths]
         if not paths:
             raise InputError(f"no images in {directory / name}: expected *{{{','.join(endings)}}} there")
-    if not found:
-        raise InputError(f"no images in {directory}: expected a folder a class there, with its images in it")
     return found
 
 def _class_names(directory: Path) -> list[str]:
@@ -198,7 +198,7 @@ def _rgb(path: str, least: int = 0, decode: bool = True) -> Image.Image:
             if image.mode.startswith("I"):  # 16 bits of gray, which convert() would cut off at 255
                 image = image.point(lambda value: value * (1 / 257) + 0).convert("L")
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as e:
         raise InputError(f"cannot read the image {path} ({e}): mend it, delete it or --skip-damaged") from e
 
 def random_box(height: int, width: int, draw: random.Random) -> tuple[int, int, int, int]:
@@ -227,8 +227,9 @@ class Photos:
         return len(self.files)
 
     def to(self, device: torch.device | str) -> Photos:
-        self.device = torch.device(device)
-        return self
+        moved = copy(self)
+        moved.device = torch.device(device)
+        return moved
 
     def scaled_size(self, i: int) -> tuple[int, int]:
         """Height and width of image i with a shorter side of `self.side`; InputError where it is damaged."""
@@ -266,8 +267,9 @@ class Photos:
         """join([view(i) for i in indices]) without damaged images; those that it holds; number -> what is
         wrong with the others."""
         found = dict(zip(indices, run(partial(_or_error, view), indices)))
-        good = [i for i in indices if not isinstance(found[i], str)]
-        return join([found.pop(i) for i in good]) if good else None, good, found
+        damaged = {i: x for i, x in found.items() if isinstance(x, str)}
+        good = [i for i in indices if i not in damaged]
+        return join([found[i] for i in good]) if good else None, good, damaged
 
     def report(self, damaged: dict[int, str]) -> None:
         """Damaged images, number -> what is wrong: raises InputError, or counts those that are skipped."""
@@ -278,7 +280,8 @@ class Photos:
             print(f"warning: {damaged[i]}; skipped, {len(self.damaged)} so far")
 
     def in_processes(self, collate, **batches) -> Iterator:
-        batches |= {"num_workers": self.workers, "pin_memory": torch.cuda.is_available()}
+        batches |= {"num_workers": min(self.workers, os.cpu_count()), "pin_memory": torch.cuda.is_available()}
+        batches["generator"] = torch.Generator()  # else it draws from the global one
         try:
             yield from DataLoader(range(len(self)), collate_fn=collate, **batches)
         except RuntimeError as e:
@@ -308,22 +311,20 @@ class Photos:
                 count = 3 * self.sizes[i][0] * self.sizes[i][1]
                 pixels[self.starts[i] : self.starts[i] + count] = bytes_[at : at + count]
                 at += count
-        self.pixels = pixels
+        self.pixels, self.pool = pixels, ThreadPool(self.workers)
         return total
 
     def batches(self, order: Sequence[Tensor], train: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """uint8 images (B, 3, S, S) and their indices, batch by batch; fewer where images are damaged."""
         order, seed = [batch.tolist() for batch in order], int(torch.randint(2**62, ())) if train else None
         some = partial(self.some, view=partial(self.view, seed=seed), join=torch.stack)
-        with ThreadPool(self.workers) as pool:
-            if self.pixels is None:
-                found = self.in_processes(some, batch_sampler=order)
-            else:
-                found = map(partial(some, run=pool.map), order)
-            for images, good, damaged in found:
-                self.report(damaged)
-                if not good:
-                    raise InputError(f"no image of a batch can be read: {next(iter(damaged.values()))}")
+        if self.pixels is None:
+            found = self.in_processes(some, batch_sampler=order)
+        else:
+            found = map(partial(some, run=self.pool.map), order)
+        for images, good, damaged in found:
+            self.report(damaged)
+            if good:
                 yield images, torch.tensor(good)
 
     def stacked(self, labels: Tensor, shape: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
@@ -366,16 +367,11 @@ def loader(images: Tensor | Photos, labels: Tensor, order: Sequence[Tensor], tra
 
 def shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """A generated data set that takes a network to learn: one of 10 figures on a cluttered ground, 32x32.
-
     Colour, position, scale, rotation, background and noise all vary. Measured with 6,000 training images:
     a linear classifier on the pixels reaches 26 %, a small convolutional network passes 85 %.
-    Returns images uint8 (count, 3, 32, 32) and labels int64 (count,), the same for the same count and seed.
-    """
+    Returns images uint8 (count, 3, 32, 32), labels int64 (count,), the same for the same count and seed."""
     g = torch.Generator().manual_seed(seed)
-
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return torch.rand(count, *shape, generator=g) * (high - low) + low
-
+    uniform = lambda low, high, *shape: torch.rand(count, *shape, generator=g) * (high - low) + low
     labels = torch.arange(count) % 10
     side = (torch.arange(32) + 0.5) / 16 - 1
     angle, scale = uniform(-0.5, 0.5, 1, 1), uniform(0.65, 0.95, 1, 1)
@@ -393,8 +389,7 @@ def shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:
     figure = ground.mean((2, 3), keepdim=True) + contrast
     figure = figure + 0.15 * F.interpolate(uniform(-0.5, 0.5, 3, 2, 2), (32, 32))
     images = ground * (1 - mask) + figure * mask
-    # Into [0, 1] without flattening colours.
-    images = images - images.amin((1, 2, 3), keepdim=True).clamp(max=0)
+    images = images - images.amin((1, 2, 3), keepdim=True).clamp(max=0)  # into [0, 1], no colour flattened
     images = images / images.amax((1, 2, 3), keepdim=True).clamp(min=1)
     images = images + torch.randn(images.shape, generator=g) * uniform(0, 0.02, 1, 1, 1)
     order = torch.randperm(count, generator=g)
@@ -403,9 +398,7 @@ def shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:
 def _edge_distance(name: str, x: Tensor, y: Tensor) -> Tensor:
     """Distance of the points (x, y) from the edge of a figure of about unit radius, negative inside."""
     radius = (x**2 + y**2).sqrt()
-
-    def box(cx: float, cy: float, w: float, h: float) -> Tensor:
-        return torch.maximum((x - cx).abs() - w, (y - cy).abs() - h)
+    box = lambda cx, cy, w, h: torch.maximum((x - cx).abs() - w, (y - cy).abs() - h)
 
     def along(n: int) -> Tensor:  # (n, ...): how far the points lie in each of n directions
         turns = [2 * math.pi * k / n for k in range(n)]
@@ -433,8 +426,7 @@ def mean_std(images: Tensor | Photos) -> tuple[Tensor, Tensor]:
     """Mean and deviation, (3,) each, of the channels of uint8 images (N, 3, H, W), in units of [0, 1].
     Of Photos, which need not be read for it: those that everybody uses for ImageNet."""
     if isinstance(images, Photos):
-        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=images.device)
-        return mean, std
+        return tuple(torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=images.device))
     counts = [torch.bincount(channel.flatten().int(), minlength=256) for channel in images.unbind(1)]
     share = torch.stack(counts).double()
     share /= share.sum(1, keepdim=True)  # (3, 256)
@@ -452,7 +444,6 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 def batches(count: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> Tensor:
     """One epoch of `count` images in random order: indices (steps, batch_size // world), int64, on the CPU.
-
     A batch holds at most all images; an incomplete last one is left out. Of every batch, process `rank` of
     `world` gets its share. Raises InputError where a batch cannot be shared evenly."""
     batch_size = min(batch_size, count)
@@ -516,14 +507,12 @@ GENOTYPES = {
 
 def save_genotype(genotype: Genotype | list[str], path: str | Path) -> None:
     """Write a genotype as JSON: the named tuple's four fields under their names, or the layers' names."""
-    plain = genotype
-    if not isinstance(genotype, list):
-        plain = {name: list(value) for name, value in genotype._asdict().items()}
-    Path(path).write_text(json.dumps(plain, indent=1) + "\n")
+    names = getattr(genotype, "_fields", ())
+    fields = {name: list(value) for name, value in zip(names, genotype)} or genotype
+    Path(path).write_text(json.dumps(fields, indent=1) + "\n")
 
 def load_genotype(name_or_path: str | Path, space: str = "cells") -> Genotype | list[str]:
     """A genotype by its name in `GENOTYPES`, or from a file: JSON, or the text `Genotype(normal=[...], ...)`.
-
     In the space "mobilenet" it is a JSON list, one of MOBILE_PRIMITIVES a layer.
     Raises InputError where there is no such name or file, or the file holds no valid genotype."""
     if str(name_or_path) in GENOTYPES and space == "cells":
@@ -532,7 +521,8 @@ def load_genotype(name_or_path: str | Path, space: str = "cells") -> Genotype | 
     try:
         return parse_genotype(path.read_text(), space)
     except FileNotFoundError:
-        raise InputError(f"no genotype {str(path)!r}: give a file or one of {', '.join(GENOTYPES)}") from None
+        known = "" if space == "mobilenet" else f" or one of {', '.join(GENOTYPES)}"
+        raise InputError(f"no genotype {str(path)!r}: give a file{known}") from None
     except (OSError, ValueError) as e:  # InputError is one
         raise InputError(f"cannot use the genotype in {path}: {e}") from e
 
@@ -542,9 +532,11 @@ def parse_genotype(text: str, space: str = "cells") -> Genotype | list[str]:
     if space == "mobilenet":
         try:
             names = ast.literal_eval(text.strip())
-            return [MOBILE_PRIMITIVES[MOBILE_PRIMITIVES.index(name)] for name in names]
-        except Exception as e:  # literal_eval alone raises five kinds
-            raise InputError(f"not a list of {', '.join(MOBILE_PRIMITIVES)}, one a layer") from e
+            if isinstance(names, list) and set() < set(names) <= set(MOBILE_PRIMITIVES):
+                return names
+        except Exception:  # literal_eval alone raises five kinds
+            pass
+        raise InputError(f"not a list of {', '.join(MOBILE_PRIMITIVES)}, one a layer")
 
     def value(node: ast.expr) -> list:
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "range":
@@ -579,7 +571,6 @@ def parse_genotype(text: str, space: str = "cells") -> Genotype | list[str]:
 
 class PointwiseConv(nn.Conv2d):
     """A 1 x 1 convolution as the matrix product that it is: (B, c_in, H, W) to (B, c_out, H, W).
-
     It keeps its input only where the weight learns, which a convolution always does: a search step at C=16
     takes 0.91 of the memory and 0.96 of the time. Fast on channels_last images."""
     def __init__(self, c_in: int, c_out: int):
@@ -589,10 +580,8 @@ class PointwiseConv(nn.Conv2d):
         return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
 
 def conv_bn(c_in: int, c_out: int, k: int, stride: int = 1, affine: bool = True) -> list[nn.Module]:
-    if k == 1:
-        conv = PointwiseConv(c_in, c_out)
-    else:
-        conv = nn.Conv2d(c_in, c_out, k, stride, padding=(k - 1) // 2, bias=False)
+    wide = partial(nn.Conv2d, kernel_size=k, stride=stride, padding=(k - 1) // 2, bias=False)
+    conv = (wide if k > 1 else PointwiseConv)(c_in, c_out)
     return [conv, nn.BatchNorm2d(c_out, affine=affine)]
 
 def relu_conv_bn(c_in: int, c_out: int, affine: bool = True) -> nn.Sequential:
@@ -601,7 +590,6 @@ def relu_conv_bn(c_in: int, c_out: int, affine: bool = True) -> nn.Sequential:
 
 class FactorizedReduce(nn.Module):
     """Halve the resolution without losing pixels: two 1x1 stride-2 convolutions, one shifted by a pixel.
-
     (B, c_in, H, W) to (B, c_out, ceil(H/2), ceil(W/2)); c_out must be even."""
     def __init__(self, c_in: int, c_out: int, affine: bool = True):
         super().__init__()
@@ -627,7 +615,6 @@ class DepthwiseConv(nn.Conv2d):
 
 class _Depthwise(torch.autograd.Function):
     """A depthwise convolution of stride 1 whose gradients are convolutions that oneDNN is fast at.
-
     Measured on one core at 64 x 16 x 32 x 32, oneDNN's own against these: the input's at dilation 2, 4 to
     7 ms against 1; a 5 x 5 kernel's, 7 against 4; a dilated kernel's, 12 to 31 against 2 to 6."""
     @staticmethod
@@ -697,23 +684,16 @@ def auxiliary_head(c_in: int, num_classes: int, stem: str = "cifar") -> nn.Seque
 
 class Cell(nn.Module):
     """One cell of a genotype. s0, s1: the outputs of the two cells before, s0 twice the size if `halved`.
-
     (B, c_before, H, W), (B, c_in, H, W) to (B, channels * len(concat), H, W), or H/2 x W/2 if `reduction`."""
     def __init__(self, genotype: Genotype, c_before: int, c_in: int, channels: int,
                  reduction: bool, halved: bool):
         super().__init__()
-        if reduction:
-            edges, self.concat = genotype.reduce, genotype.reduce_concat
-        else:
-            edges, self.concat = genotype.normal, genotype.normal_concat
+        edges, self.concat = genotype[2:] if reduction else genotype[:2]
         preprocess = FactorizedReduce if halved else relu_conv_bn
-        self.preprocess0 = preprocess(c_before, channels)
-        self.preprocess1 = relu_conv_bn(c_in, channels)
-        self.states = [state for _, state in edges]
-        self.ops = nn.ModuleList()
+        self.preprocess0, self.preprocess1 = preprocess(c_before, channels), relu_conv_bn(c_in, channels)
+        self.states, self.ops = [state for _, state in edges], nn.ModuleList()
         for name, state in edges:
-            stride = 2 if reduction and state < 2 else 1
-            self.ops.append(operation(name, channels, stride))
+            self.ops.append(operation(name, channels, 2 if reduction and state < 2 else 1))
 
     def forward(self, s0: Tensor, s1: Tensor, drop_path_prob: float = 0.0) -> Tensor:
         states = [self.preprocess0(s0), self.preprocess1(s1)]
@@ -738,25 +718,19 @@ def stems(kind: str, channels: int) -> tuple[nn.Module, nn.Module, int, bool]:
 
 class Network(nn.Module):
     """The evaluation network of a genotype (DARTS): `layers` cells, reductions at layers//3 and 2*layers//3.
-
     Normalised images (B, 3, H, W) to logits (B, num_classes); in training with `auxiliary`, to the pair
     (logits, auxiliary logits). `drop_path_prob` in [0, 1) is an attribute that a training loop can raise."""
     def __init__(self, genotype: Genotype, num_classes: int, channels: int, layers: int,
                  auxiliary: bool = False, stem: str = "cifar"):
         super().__init__()
-        self.drop_path_prob = 0.0
+        self.drop_path_prob, self.auxiliary, self.auxiliary_at = 0.0, None, 2 * layers // 3
         self.stem0, self.stem1, c_in, halved = stems(stem, channels)
-        c_before = c_in
-        self.cells = nn.ModuleList()
-        self.auxiliary = None
-        self.auxiliary_at = 2 * layers // 3
+        c_before, self.cells = c_in, nn.ModuleList()
         for i in range(layers):
             reduction = i in (layers // 3, 2 * layers // 3)
-            if reduction:
-                channels *= 2
-            cell = Cell(genotype, c_before, c_in, channels, reduction, halved)
-            self.cells.append(cell)
-            c_before, c_in, halved = c_in, channels * len(cell.concat), reduction
+            channels = 2 * channels if reduction else channels
+            self.cells.append(Cell(genotype, c_before, c_in, channels, reduction, halved))
+            c_before, c_in, halved = c_in, channels * len(self.cells[i].concat), reduction
             if auxiliary and i == self.auxiliary_at:
                 self.auxiliary = auxiliary_head(c_in, num_classes, stem)
         self.classifier = nn.Linear(c_in, num_classes)

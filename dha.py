@@ -460,7 +460,7 @@ class SparseSupernet(nn.Module):
     def keep(self, genotype: Genotype | list[str]) -> SparseSupernet:
         """Prune: of the operations the genotype's stay, and nothing to search. Returns itself."""
         self.support = support_of(genotype)
-        fits = [len(self.states), self.kept] == [len(self.support), len(self.support[0])]
+        fits = [len(node) for node in self.support] == [self.kept] * len(self.states)
         for cell in self.cells:
             for k, node in enumerate(cell.nodes, cell.first):
                 mine = {f"{name}_{state}" for name, state in self.support[k]} if fits else set()
@@ -595,7 +595,7 @@ DHA_PRESETS = {  # where they differ from the flags' defaults, which are the CIF
     "imagenet": dict(dataset="imagenet", channels=48, layers=14, batch_size=128, train_epochs=250, lr=0.1,
                      weight_decay=3e-5, warmup_epochs=5, label_smoothing=0.1, drop_path=0.0, cutout=0),  # [A]
     "mobilenet": dict(channels=32, layers=21, auxiliary_weight=0.0, drop_path=0.0),  # ProxylessNAS' size
-    "mobilenet quick": dict(channels=16, layers=6),
+    "mobilenet quick": dict(channels=8, layers=11),  # with 6 no layer has a shortcut, see README
 }
 
 progress = partial(tqdm, leave=False, disable=RANK > 0, mininterval=0.1 if sys.stderr.isatty() else 30)
@@ -621,7 +621,7 @@ def start_device(args: argparse.Namespace) -> torch.device:
     if gpu >= gpus or (gpu < 0 and args.amp):
         raise InputError(f"no such GPU, this machine has {gpus}: --gpu -1, without --amp, is the CPU")
     if gpu < 0:
-        full = args.preset == "paper" and not (args.evaluate or args.resume)
+        full = args.preset != "quick" and not (args.evaluate or args.resume)
         print("running on the CPU" + "; the paper's settings want a GPU" * full)
         return torch.device("cpu")
     print("running on", torch.cuda.get_device_name(gpu))
@@ -957,7 +957,7 @@ def draw_dha(out: Path, history: list[dict], net: SparseSupernet, p: Tensor | No
             axis.bar(i, {"3": 3, "5": 5, "7": 7}.get(name[-1], 0), color=("#56B4E9", "#0072B2")["6_" in name])
             axis.text(i, 0.2, layer.width, ha="center", fontsize=8)
             axis.axvline(i - 0.5, color="0.3", linestyle=":", linewidth=1.5 * (layer.stride == 2))
-        axis.set(ylim=(0, 7.5), ylabel="kernel (dark: 6 wide, not 3)", xlabel="layer; dotted: stride 2")
+        axis.set(yticks=[3, 5, 7], ylim=(0, 7.5), ylabel="kernel; dark: x 6", xlabel="layer; dots: stride 2")
         figure.savefig(out / "layers.png", dpi=150)
     if plt and p is not None:
         figure, axis = plt.subplots(figsize=(7.5, 6.4), layout="constrained")
@@ -975,10 +975,10 @@ def draw_dha(out: Path, history: list[dict], net: SparseSupernet, p: Tensor | No
             x, column = [r["epoch"] - 0.5, r["epoch"] + 0.5], [[net.ops.index(name)] for name, _ in edges]
             image = axis.pcolormesh(x, range(len(edges) + 1), column, vmin=-0.5, vmax=6.5, **cells)
             for y, (_, state) in enumerate(edges):
-                axis.text(r["epoch"], y + 0.5, state, ha="center", va="center", fontsize=8)
+                axis.text(r["epoch"], y + 0.5, str(state) * (kept == 2), ha="center", va="center", fontsize=8)
         figure.colorbar(image, ticks=range(7)).ax.set_yticklabels(net.ops)
-        names = [f"{('normal', 'reduce')[k // 4]} {k % 4}" for k in range(8)] if kept == 2 else None
-        axis.set_yticks([kept * (k + 0.5) for k in range(len(net.frozen))], names)
+        names = [f"{cell} {j}" for cell in ("normal", "reduce") for j in range(4)]
+        axis.set_yticks([kept * (k + 0.5) for k in range(len(net.frozen))], [names, range(y + 1)][kept == 1])
         axis.locator_params(axis="x", integer=True)
         axis.set(xlabel="epoch", ylim=(y + 1, 0), title="Support of every node (number: the state it reads)")
         figure.savefig(out / "support.png", dpi=150)

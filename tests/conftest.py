@@ -158,5 +158,10 @@ def broken(tmp_path_factory) -> Path:
             path = root / name / part / f"class{label}" / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", {"sizes": (32 + i % 3, 32), "wide": (40, 32)}.get(name, (32, 32))).save(path)
+    for part, label in (("train", 0), ("test", 0), ("test", 1)):  # nothing to train class 1 with
+        path = root / "hollow" / part / f"class{label}" / "0.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32)).save(path)
+    (root / "hollow" / "train" / "class1").mkdir()
     (root / "damaged" / "train" / "class1" / "1.png").write_bytes(b"not an image")
     return root

@@ -218,7 +218,7 @@ def fake_run(folder: Path, script: str, command: str, accuracy: float, method: s
     args = vars(SCRIPTS[script].parse_args(command.split()))
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"script": script, "args": args}))
-    result = {"test_accuracy": accuracy, "params": 3_300_000, "seconds": 7200.0, "search_seconds": 1800.0}
+    result = {"test_accuracy": accuracy, "params": 3_300_000, "gpu_hours": 8.0, "search_seconds": 1800.0}
     result |= {"dataset": args["dataset"], "seed": args["seed"], "method": method}
     (folder / "result.json").write_text(json.dumps(result | changes))
     return str(folder)
@@ -238,8 +238,8 @@ def test_compare_prints_mean_and_std(tmp_path):
     runs = [tmp_path / "b", fake_run(tmp_path / "d", "joint_darts_faa.py", flags, 80.0, "DARTS")]
     std = math.sqrt(sum((a - 97.4) ** 2 for a in (97.0, 97.3, 97.9)) / 2)
     assert rows_of(baseline.compare(list(map(str, runs)))) == [
-        ["Sequential", "cifar10", "3", f"97.40 ± {std:.2f}", "3.3 M", "0.50", "2.00", ""],
-        ["DARTS", "cifar100", "1", "80.00", "3.3 M", "0.50", "2.00", ""],
+        ["Sequential", "cifar10", "3", f"97.40 ± {std:.2f}", "3.3 M", "0.50", "8.00", ""],
+        ["DARTS", "cifar100", "1", "80.00", "3.3 M", "0.50", "8.00", ""],
     ]
 
 
@@ -284,7 +284,7 @@ DAMAGE = {
     "a list": lambda run: (run / "result.json").write_text("[]"),
     "a word": lambda run: (run / "result.json").write_text('{"test_accuracy": "high"}'),
     "not a number": lambda run: (run / "result.json").write_text(
-        (run / "result.json").read_text().replace("7200.0", '"long"')),
+        (run / "result.json").read_text().replace("8.0", '"long"')),
     "no args": lambda run: (run / "config.json").write_text("{}"),
     "list of args": lambda run: (run / "config.json").write_text('{"args": []}'),
     "config a list": lambda run: (run / "config.json").write_text("[]"),
@@ -337,7 +337,7 @@ def actions(script, monkeypatch):
 
 def test_a_flag_is_the_same_in_every_script_that_has_it(monkeypatch):
     of, shared = zip(*(actions(script, monkeypatch) for script in SCRIPTS.values()))
-    assert shared[0] == shared[1] == shared[2] and len(shared[0]) == 16
+    assert shared[0] == shared[1] == shared[2] and len(shared[0]) == 18
     names = [name for name in set().union(*of) if sum(name in flags for flags in of) > 1]
     assert len(names) > 30
     for name in names:
@@ -347,7 +347,7 @@ def test_a_flag_is_the_same_in_every_script_that_has_it(monkeypatch):
                 assert getattr(first, what) == getattr(other, what), (name, what)
             if name in shared[0]:
                 assert first.default == other.default, name
-            if name not in ("search_epochs", "train_epochs", "arch_lr"):  # each method's own
+            if name not in ("search_epochs", "train_epochs", "arch_lr", "channels", "layers"):  # its own
                 assert first.help == other.help, name
     for flags in of:
         assert all(action.help for action in flags.values())

@@ -233,15 +233,14 @@ def test_folder_image_size(tmp_path):
     assert load_data("folder", tmp_path, image_size=19).test_images.shape == (4, 3, 19, 19)
 
 
-def test_folder_with_a_class_without_images(tmp_path):
-    """It keeps its place among the labels: a class may be only trained on, or only tested."""
+def test_folder_with_a_class_that_is_only_trained_on(tmp_path):
+    """The others keep their places among the labels."""
     make_folder(tmp_path)
-    for path in (tmp_path / "train" / "bee").iterdir():
-        path.unlink()
-    (tmp_path / "test" / "cat").rename(tmp_path / "put aside")
+    (tmp_path / "test" / "bee").rename(tmp_path / "put aside")
     data = load_data("folder", tmp_path)
     assert data.classes == ["ant", "bee", "cat"]
-    assert data.train_labels.tolist() == [0] * 3 + [2] * 3 and data.test_labels.tolist() == [0] * 3 + [1] * 3
+    assert data.train_labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    assert data.test_labels.tolist() == [0] * 3 + [2] * 3
 
 
 def each(split, change):
@@ -250,6 +249,11 @@ def each(split, change):
 
 def bee(change):
     return lambda root: change(root / "train" / "bee" / "1.png")
+
+
+def empty(directory):
+    for path in directory.iterdir():
+        path.unlink()
 
 
 def nowhere(path):
@@ -274,6 +278,9 @@ DAMAGE = {  # what happens to the folder, and what the message must say
     "another size": (bee(larger), "bee/1.png is 8x9, others are 8x8: give --image-size"),
     "test of another size": (each("test", larger), "0.png is 8x9, others are 8x8: give --image-size"),
     "class only in test": (lambda root: put(root / "test" / "dog" / "a.png", noise(8, 8, 3)), "dog"),
+    "class without images in train": (lambda root: empty(root / "train" / "cat"), "train/cat"),
+    "class without images in test": (lambda root: empty(root / "test" / "ant"), "test/ant"),
+    "class of other files in test": (lambda root: (root / "test" / "dot").mkdir(), "dot"),
     "no images in train": (each("train", Path.unlink), "no images"),
     "no images in test": (each("test", lambda path: path.rename(path.with_suffix(".txt"))), "no images"),
     "no test": (lambda root: (root / "test").rename(root / "tests"), "train/<class>"),
@@ -363,7 +370,7 @@ def test_svhn_without_scipy_says_so(tmp_path, unchecked, monkeypatch):
         load_data("svhn", tmp_path)
 
 
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "svhn"])
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "svhn", "flowers102"])
 @pytest.mark.parametrize("kind", [urllib.error.URLError, ConnectionResetError, TimeoutError])
 def test_failing_download(dataset, kind, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):

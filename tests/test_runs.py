@@ -24,6 +24,7 @@ import dha
 import joint_darts_faa as joint
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+TIMES = {"seconds", "search_seconds", "gpu_hours"}  # of result.json
 only = lambda *names: pytest.mark.parametrize("script", names, indirect=True)
 
 @pytest.fixture(autouse=True)
@@ -56,7 +57,7 @@ def contents(folder: Path) -> dict:
 
 def assert_same(a: Path, b: Path) -> None:
     """Two runs ended alike, bit for bit: result without its times, metrics, files, weights."""
-    first, second = ({k: v for k, v in result(out).items() if "seconds" not in k} for out in (a, b))
+    first, second = ({k: v for k, v in result(out).items() if k not in TIMES} for out in (a, b))
     assert first == second
     for name in ("metrics.jsonl", "genotype.json", "policy.json"):
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
@@ -107,6 +108,7 @@ def test_a_run_leaves_what_the_readme_says(script, done):
     assert said["method"] == methods[script.module] and said["dataset"] == "folder"
     assert said["params"] == sum(p.numel() for p in net.parameters()) == common.count_parameters(net)
     assert said["flops"] == common.count_flops(net, 32) and said["seconds"] > said["search_seconds"] > 0
+    assert said["gpu_hours"] == pytest.approx(said["seconds"] / 3600, rel=1e-3)  # one process
     assert said["genotype"] == str(common.load_genotype(done / "genotype.json"))
     assert said["test_accuracy"] == lines(done)[-1]["test_accuracy"]
     if script.module is dha:
@@ -123,8 +125,9 @@ def test_stages_hand_over_files_and_their_epochs_follow_one_another(script, done
     assert settings(done / "darts")["policy"] == str(done / "policy.json")
     assert (done / "policy.json").read_bytes() == (done / "darts" / "policy.json").read_bytes()
     own, darts = dha.load_checkpoint(done)["seconds"]["policy"], result(done / "darts")
-    for key in ("seconds", "search_seconds"):  # Faster AutoAugment's time is search
-        assert result(done)[key] == pytest.approx(own + darts[key])
+    for key in TIMES:  # Faster AutoAugment's time is search
+        mine = own / 3600 if key == "gpu_hours" else own
+        assert result(done)[key] == pytest.approx(mine + darts[key])
     assert (result(done)["epochs"], result(done)["search_epochs"]) == (3 + 4, 3 + 2)
 
 @only("sequential dha")
@@ -371,27 +374,33 @@ BAD = """--wrong-flag | --search-epoch 3 | word | --dataset cifar1000 | --preset
 --train-epochs -3 | --batch-size 1 | --batch-size 1.5 | --channels 7 | --channels | --layers 2 | --lr nan
 --lr -1 | --weight-decay -1 | --weight-decay inf | --drop-path 1 | --drop-path -1 | --limit-train 1
 --limit-train many | --limit-test 0 | --image-size 4 | --grad-clip -1 | --cutout -1
+--label-smoothing 1 | --label-smoothing -0.1 | --warmup-epochs -1 | --cache-gb -1 | --cache-gb nan
 --auxiliary-weight 0.4 --image-size 16 | --dataset cifar10 --data-dir {broken}/file | --data-dir {broken}/file
 --data-dir {broken}/nothing | --data-dir {broken}/empty | --data-dir {broken}/damaged | --out {broken}/file
 --data-dir {broken}/one_class | --data-dir {broken}/sizes | --data-dir {broken}/wide
---data-dir {broken}/more | --out {broken}/file/run | --genotype DARTS_V9 | --genotype {broken}/file
+--data-dir {broken}/more | --data-dir {broken}/hollow | --data-dir {broken}/hollow --skip-damaged
+--out {broken}/file/run | --genotype DARTS_V9 | --genotype {broken}/file
 --genotype {broken}/damaged.json
 --genotype {broken} | --evaluate {broken}/nothing | --evaluate {broken}"""
 OWN = {
     "joint": """--search-batch-size 1 | --search-channels 3 | --search-layers 2 | --arch-lr -1 | --stages 0
 --sub-policies 0 | --policy-lr nan | --limit-train 3 | --search-images 3 | --train-epochs 0 | --no-da
 --policy {broken}/nothing | --policy {broken}/file | --policy {broken}/damaged.json
---policy {broken}/policy.json | --method dha
+--policy {broken}/policy.json | --method dha | --space mobilenet
 --search-only --genotype DARTS_V2 --policy none""",
     "dha": """--lr 5 | --weight-decay 0.5 | --max-params 1 --lasso 9 | --max-lr-step nan | --beta-lr -1
 --lasso -1 | --tau-lr inf | --b-scale -1 | --freeze-distance nan | --genotype {broken}/nodes3.json
 --genotype {broken}/concat.json | --genotype DARTS_V2 --train-epochs 0 | --genotype DARTS_V2 --max-params 1
---genotype DARTS_V2 --max-flops 1 | --policy none | --search-only""",
+--genotype DARTS_V2 --max-flops 1 | --policy none | --search-only
+--space cell | --space mobilenet --layers 20 | --space mobilenet --layers 6 --auxiliary-weight 0.4
+--space mobilenet --layers 6 --genotype DARTS_V2""",
     "baseline": """--method autoaugment | --processes 0 | --faa-epochs 0 | --faa-images 3 | --faa-batch-size 7
 --faa-batch-size 2 | --faa-lr -1 | --policy-lr nan | --class-weight -1 | --critic-weight inf | --penalty -10
 --depth 39 | --depth 4 | --width 0 | --sub-policies 0 | --stages 0 | --search-channels 3 | --tau-lr 0.1
---no-da | --limit-train 3 | --train-epochs 0 | --policy none | --policy=none | --compare {broken}/nothing | --compare {broken}""",
-    "sequential dha": "--lr 5 | --weight-decay 0.1 | --search-channels 4 | --train-epochs 0",
+--no-da | --limit-train 3 | --train-epochs 0 | --policy none | --policy=none | --space mobilenet
+--compare {broken}/nothing | --compare {broken}""",
+    "sequential dha": """--lr 5 | --weight-decay 0.1 | --search-channels 4 | --train-epochs 0
+--label-smoothing 1 | --space mobilenet --layers 20""",
 }
 CASES = [(name, f"{OWN[name]} | {BAD * (name != 'sequential dha')}") for name in OWN]
 CASES = [(name, flags.strip()) for name, text in CASES for flags in re.split(r"[|\n]", text) if flags.strip()]
@@ -420,6 +429,7 @@ def test_help_and_check_write_nothing(script, tmp_path, monkeypatch, capsys, one
 
 def test_flags_of_one_name_have_one_meaning():
     own = {"--search-epochs", "--train-epochs", "--arch-lr"}  # named alike, explained by each method
+    own |= {"--channels", "--layers"}  # dha explains them for two spaces
     known = {}
     for script in (joint, dha, baseline):
         for name, rest in re.findall(r'\badd\("(--[a-z-]+)", (.*)\)\n', Path(script.__file__).read_text()):
@@ -521,7 +531,7 @@ def pretend(out: Path, script, argv: str, **numbers) -> Path:
             (out / name / "config.json").write_text(json.dumps({"args": vars(module.parse_args(flags))}))
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps({"args": args}))
-    said |= {"seconds": 7200.0, "search_seconds": 3600.0} | numbers
+    said |= {"seconds": 7200.0, "search_seconds": 3600.0, "gpu_hours": 8.0} | numbers
     (out / "result.json").write_text(json.dumps(said))
     return out
 
@@ -536,7 +546,7 @@ def test_compare_has_a_row_for_every_method_and_data_set(tmp_path, capsys):
         ["dha", "shapes", "3", "81.00 ± 1.00"],
         ["joint_darts_faa", "shapes", "1", "90.00"],
     ]
-    assert rows[1][4:] == ["1.5 M", "1.00", "2.00", ""]
+    assert rows[1][4:] == ["1.5 M", "1.00", "8.00", ""]
 
 @pytest.mark.parametrize("script, base, flags, rows", [
     (dha, "--preset quick", ["", "--lr 0.01", "--lr 1e-2 --seed 3"], {"lr 0.05": "1", "lr 0.01": "2"}),
@@ -590,6 +600,8 @@ def test_two_processes_train_one_network(script, tmp_path):
     assert [record["phase"] for record in lines(tmp_path / "run")] == script.phases
     assert json.loads((tmp_path / "run" / "config.json").read_text())["processes"] == 2
     assert weights(tmp_path / "run")
+    said = result(tmp_path / "run")
+    assert said["gpu_hours"] == pytest.approx(2 * said["seconds"] / 3600, rel=1e-3)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--wrong-flag", "--lr nan", "--data-dir {broken}/more", "--batch-size 3"])

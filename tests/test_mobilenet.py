@@ -1,0 +1,329 @@
+"""The space of ProxylessNAS' layers against written-out references: arithmetic, sums, pruned networks."""
+
+import argparse
+import copy
+import json
+import signal
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from test_dha import freeze_all, move_b, normalized, steps, tiny
+from test_runs import SIGNALS, assert_same, lines, result, stop_after_every_epoch
+
+import common
+import dha
+from common import InputError
+
+OPS = dha.SPACES["mobilenet"]
+SPACE = "--space mobilenet --layers 11".split()
+MIXED = ["mbconv3_5x5", "skip_connect", "mbconv6_3x3", "mbconv6_7x7", "mbconv3_3x3", "skip_connect",
+         "mbconv6_5x5", "mbconv3_7x7", "mbconv3_3x3", "mbconv6_3x3", "mbconv6_7x7"]
+STAGES = [(24, 4, 2), (40, 4, 2), (80, 4, 2), (96, 4, 1), (192, 4, 2), (320, 1, 1)]  # width, layers, stride
+NO_SKIP = [0, 4, 8, 12, 16, 20]  # where they begin
+FITTING = ["mbconv3_3x3"] * 6  # in 6 layers no skip fits
+FLAGS = """--preset quick --gpu -1 --space mobilenet --channels 4 --layers 6 --limit-train 16 --batch-size 8
+--search-epochs 2 --train-epochs 1 --dataset folder""".split()
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads, handlers = torch.get_num_threads(), [signal.getsignal(number) for number in SIGNALS]
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in zip(SIGNALS, handlers):  # dha.main sets its own
+        signal.signal(number, handler)
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+def choose(net, names, noise=0.02):
+    """Recovery finds these: b = 0.3 A e_i, so that alpha is almost 0.3 e_i. Afterwards b moves, alpha not."""
+    with torch.no_grad():
+        for k, name in enumerate(names):
+            net.b[k].copy_(0.3 * net.A[k, :, OPS.index(name)])
+        net.recover()
+        for b in net.b:
+            b += noise * torch.randn_like(b)
+    assert net.genotype() == names
+    return net
+
+def supernet(names):
+    return choose(dha.SparseSupernet(4, 10, 11, space="mobilenet").double(), names)
+
+def run(data, *flags):
+    return dha.main([*FLAGS, "--data-dir", str(data), *map(str, flags)])
+
+# -------- ProxylessNAS' layers ------------------------------------------------------------------------------
+
+def proxyless(names, stem, side):
+    """Parameters and multiply-adds, from all convolutions: (inputs of an output, outputs, kernel, side)."""
+    wide = 1 + (stem == "imagenet")
+    widths = [32, 16] + [c for c, n, _ in STAGES for _ in range(n)]
+    strides = [1] + [s if i == 0 else 1 for _, n, s in STAGES for i in range(n)]
+    strides[1], side = wide, side // wide
+    convs = [(3, 32, 3, side)]
+    for name, c_in, c_out, stride in zip(["mbconv1_3x3", *names], widths, widths[1:], strides):
+        if name != "skip_connect":
+            middle = int(name[6]) * c_in
+            convs += [(c_in, middle, 1, side)] * (name[6] != "1")
+            side //= stride
+            convs += [(1, middle, int(name[-1]), side), (middle, c_out, 1, side)]
+    convs.append((320, 1280, 1, side))
+    params = sum(n * c * k * k + 2 * c for n, c, k, _ in convs) + 1281 * 1000
+    return params, sum(n * c * k * k * side**2 for n, c, k, side in convs) + 1280 * 1000, side
+
+SMALLEST = ["mbconv3_3x3" if i in NO_SKIP else "skip_connect" for i in range(21)]
+@pytest.mark.parametrize("stem, side, last", [("imagenet", 224, 7), ("cifar", 32, 4)])
+@pytest.mark.parametrize("names", [["mbconv6_7x7"] * 21, SMALLEST], ids=["largest", "smallest"])
+def test_the_pruned_network_has_proxylessnas_arithmetic(names, stem, side, last):
+    net = dha.SparseSupernet(32, 1000, 21, space="mobilenet", stem=stem).keep(names)
+    found = common.count_parameters(net), common.count_flops(net, side), last
+    assert found == proxyless(names, stem, side)
+
+def test_skip_is_a_candidate_only_where_nothing_changes():
+    net = dha.SparseSupernet(4, 10, 21, space="mobilenet")
+    assert [i for i, layer in enumerate(net.cells) if not layer.shortcut] == NO_SKIP
+    for i, layer in enumerate(net.cells):
+        assert list(layer.nodes[0]) == [f"{name}_0" for name in OPS[: 7 - (i in NO_SKIP)]]
+        assert (net.A[i] == 0).all(0).tolist() == [False] * 6 + [i in NO_SKIP]
+    assert net.A.shape == (21, 7, 7) and net.A.min() >= 0 and net.A.max() <= 1
+    alphas = dha.ista(net.A.expand(200, 21, 7, 7), 0.3 * torch.randn(200, 21, 7), 1e-5)
+    found = [dha.select_support(alpha, [1] * 21, 1, OPS) for alpha in [*alphas, torch.zeros(21, 7)]]
+    skips = {i for support in found for i in range(21) if support[i] == [("skip_connect", 0)]}
+    assert skips and not skips & set(NO_SKIP)
+    assert found[0] == [[(OPS[int(a.abs().argmax())], 0)] for a in alphas[0]]  # the strongest
+
+# -------- A layer is the sum over all operations (section 2.3) ----------------------------------------------
+
+def written_out(op, x, stride):
+    """A candidate's MBConv: (convolution, batch norm, ReLU6) twice, then without the ReLU6."""
+    p = list(op.parameters())
+    for i in range(0, len(p), 3):
+        k, groups = p[i].shape[-1], 1 if p[i].shape[1] > 1 else len(p[i])
+        x = F.conv2d(x, p[i], None, stride if k > 1 else 1, k // 2, 1, groups)
+        x = F.batch_norm(x, None, None, p[i + 1], p[i + 2], training=True)
+        x = x.clamp(0, 6) if i + 3 < len(p) else x
+    return x
+
+@pytest.mark.parametrize("i, name", [(i, name) for i in (5, 4, 6) for name in OPS[: 6 + (i == 5)]])
+def test_a_layer_is_the_sum_over_all_seven_operations(i, name):
+    net = supernet([*MIXED[:i], name, *MIXED[i + 1 :]])  # 5 has a shortcut, 4 stride 2, 6 another width
+    layer = net.cells[i]
+    for norm in dha.norms(layer):
+        torch.nn.init.normal_(norm.weight, std=6)  # beyond ReLU6's 6
+    x = torch.randn(4, net.cells[i - 1].width, 7, 7, dtype=torch.float64, requires_grad=True)
+    A, alpha = net.A[i], F.one_hot(torch.tensor(OPS.index(name)), 7) * net.alpha[i]
+    E = A.T @ A - torch.eye(7, dtype=torch.float64)
+    g = (net.b[i] @ A - alpha @ E) * (alpha != 0)  # b^T A - alpha^T E on the support, 0 elsewhere
+    assert torch.allclose(net.strength(i), g[alpha != 0], atol=1e-12) and (alpha != 0).sum() == 1
+    want = x if layer.shortcut and name != "skip_connect" else 0
+    for n, other in enumerate(OPS):
+        if other != "skip_connect":
+            want = want + g[n] * written_out(layer.nodes[0][f"{other}_0"], x, layer.stride)
+        elif name == other:
+            want = want + (1 + (g[n] - g[n].detach())) * x
+    ran = []
+    for op in (op for cell in net.cells for op in cell.nodes[0].values()):
+        op.register_forward_hook(lambda module, *_: ran.append(module))
+    mine = layer(None, x, [net.support[i]], [net.strength(i)], 0.0)
+    upstream = torch.randn_like(mine)
+    grads = [torch.autograd.grad(out, (net.b[i], x), upstream, retain_graph=True) for out in (mine, want)]
+    for a, b in ((mine, want), *zip(*grads)):
+        assert (a - b).abs().max() <= 1e-10
+    assert grads[0][0].abs().max() > 1e-3
+    assert ran == (chosen := net.operations(i) * (name != "skip_connect"))
+    mine.backward(upstream)
+    learned = {p for op in chosen for p in op.parameters() if p.requires_grad}
+    assert {p for p in net.parameters() if p.grad is not None} == learned | {net.b[i]}
+
+@pytest.mark.parametrize("i", [0, 3, 9])
+def test_gradient_of_b_by_finite_differences(i):
+    net = supernet([name.replace("skip_connect", "mbconv3_3x3") for name in MIXED])
+    x, y = torch.randn(8, 3, 16, 16, dtype=torch.float64), torch.randint(10, (8,))
+    loss = lambda: F.cross_entropy(net(x), y)
+    loss().backward()
+    for m in (0, 3, 6):
+        values = []
+        for step in (1e-6, -2e-6, 1e-6):
+            values.append(float(loss().detach()))
+            net.b[i].data[m] += step
+        want = (values[1] - values[2]) / 2e-6
+        assert float(net.b[i].grad[m]) == pytest.approx(want, rel=1e-3, abs=1e-8) and abs(want) > 1e-7
+
+# -------- Freezing and pruning ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("training", [False, True])
+def test_freezing_and_keeping_change_no_logits(training, dtype, tolerance):
+    s, data, args = tiny(*SPACE)
+    steps(s, data, args, 1)
+    net = choose(s.net.to(dtype), MIXED)
+    x = normalized(s, data.test_images)[:8, :, ::2, ::2].to(dtype)
+    net(x)  # running statistics of what runs now
+    norms = lambda k: [norm for op in net.operations(k) for norm in dha.norms(op)]
+    learn = lambda k: {p.requires_grad for norm in norms(k) for p in norm.parameters()}
+    with torch.no_grad():
+        logits = lambda net: net.train(training)(x)
+        before = logits(net)
+        for k in range(11):
+            assert all((n.weight == 1).all() and not n.bias.any() for n in norms(k)) and True not in learn(k)
+            net.freeze(k)
+            assert learn(k) == {True} or not norms(k)
+            assert (logits(net) - before).abs().max() <= tolerance
+        searched = copy.deepcopy(net.state_dict())
+        freeze_all(s)
+        assert (logits(net) - before).abs().max() <= tolerance
+        pruned = dha.SparseSupernet(4, 10, 11, space="mobilenet").to(dtype).keep(MIXED)
+        pruned.load_state_dict({name: searched[name] for name in pruned.state_dict()})
+        assert (logits(pruned) - before).abs().max() <= tolerance
+    assert net.genotype() == pruned.genotype() == MIXED and not list(net.b)
+    assert all(p.requires_grad for p in s.theta) and set(s.theta) == set(net.parameters())
+
+def test_norms_learn_in_frozen_layers_alone():
+    s, data, args = tiny(*SPACE)
+    choose(s.net, MIXED)
+    s.net.freeze(2), s.net.freeze(8)
+    norms = [[norm for op in s.net.operations(k) for norm in dha.norms(op)] for k in range(11)]
+    before = copy.deepcopy(norms)
+    steps(s, data, args, 2)
+    for k in range(11):
+        pairs = [pair for a, b in zip(norms[k], before[k]) for pair in zip(a.parameters(), b.parameters())]
+        assert all(torch.equal(*pair) == (k not in (2, 8)) for pair in pairs)
+
+@pytest.mark.parametrize("frozen", [(1, 2, 8), range(11)], ids=["some", "all"])
+def test_state_goes_on_bit_for_bit(frozen, tmp_path):
+    s, data, args = tiny(*SPACE)
+    choose(s.net, MIXED)
+    steps(s, data, args, 1)
+    for k in frozen:
+        s.net.freeze(k)
+    move_b(s.net)
+    freeze_all(s) if len(frozen) == 11 else s.net.recover()
+    steps(s, data, args, 1)
+    torch.save(dha.state_of(s), tmp_path / "state.pt")
+    torch.manual_seed(7)  # another A, b and theta
+    other = tiny(*SPACE)[0]
+    dha.restore(other, torch.load(tmp_path / "state.pt", weights_only=True))
+    went = []
+    for x in (s, other):
+        torch.manual_seed(9)
+        went.append(steps(x, data, args, 1))
+        went[-1] += [torch.tensor([] if all(x.net.frozen) else x.net.recover(args.lasso))]
+        went[-1] += [*steps(x, data, args, 1), x.tau, x.lr, x.wd, *x.net.state_dict().values()]
+    assert all(torch.equal(a, b) for a, b in zip(*went, strict=True))
+    assert other.net.genotype() == s.net.genotype() and other.net.frozen == s.net.frozen
+    assert [p.requires_grad for p in other.theta] == [p.requires_grad for p in s.theta]
+
+# -------- Constraints (Eq. 1) -------------------------------------------------------------------------------
+
+def test_constraints_are_those_of_the_kept_network_and_reject():
+    s, _, args = tiny(*SPACE)
+    choose(s.net, MIXED)
+    kept = freeze_all(copy.deepcopy(s))
+    costs = {"max_params": common.count_parameters(kept), "max_flops": common.count_flops(kept, 32)}
+    for frozen in (0, 1):
+        s.net.freeze(frozen)
+        for flag, cost in costs.items():
+            limits = [argparse.Namespace(**vars(args) | {flag: cost - less}) for less in (0, 1)]
+            assert [dha.within_limits(s.net, limited, 32) for limited in limits] == [True, False]
+    alpha, larger = s.net.alpha.clone(), MIXED[:2] + ["mbconv6_7x7"] * 9
+    s.net.b.load_state_dict(choose(copy.deepcopy(s.net), larger, 0).b.state_dict())
+    assert s.net.recover(1e-5, partial(dha.within_limits, s.net, limits[0], 32)) == []
+    assert s.net.genotype() == MIXED and torch.equal(s.net.alpha, alpha)
+    assert len(s.net.recover(1e-5)) == 11 and s.net.genotype() == larger
+
+# -------- genotype.json -------------------------------------------------------------------------------------
+
+def test_a_genotype_comes_back(tmp_path):
+    genotype = supernet(MIXED).genotype()
+    common.save_genotype(genotype, tmp_path / "genotype.json")
+    assert json.loads((tmp_path / "genotype.json").read_text()) == genotype == MIXED
+    assert common.load_genotype(tmp_path / "genotype.json", space="mobilenet") == genotype
+    assert common.parse_genotype(str(genotype), "mobilenet") == genotype
+
+BAD = {
+    "damaged": json.dumps(FITTING)[:-9], "empty": "", "nested": str([FITTING]), "a word": '"mbconv3_3x3"',
+    "wrong name": str([*FITTING[1:], "mbconv4_3x3"]), "numbers": "[1, 2]", "null": "null",
+    "cells": str(common.GENOTYPES["PDARTS"]), "JSON": json.dumps(common.GENOTYPES["PDARTS"]._asdict()),
+    "short": str(FITTING[1:]), "long": str(MIXED), "no": "[]", "skip": str(["skip_connect", *FITTING[1:]]),
+}  # fmt: skip
+
+@pytest.mark.parametrize("content", BAD.values(), ids=BAD)
+def test_bad_genotypes_are_refused(content, data, tmp_path, one_line):
+    (tmp_path / "file").write_text(content)
+    with pytest.raises(InputError):
+        genotype = common.load_genotype(tmp_path / "file", "mobilenet")
+        dha.SparseSupernet(4, 10, 6, space="mobilenet").keep(genotype)
+    assert run(data, "--check", "--genotype", tmp_path / "file") == 2
+    one_line()
+
+def test_a_space_refuses_the_others_genotype(data, tmp_path, one_line):
+    for size, space, genotype in (3, "cells", FITTING), (6, "mobilenet", common.GENOTYPES["DARTS_V2"]):
+        with pytest.raises(InputError):
+            dha.SparseSupernet(4, 10, size, space=space).keep(genotype)
+    common.save_genotype(FITTING, tmp_path / "file")
+    assert run(data, *"--space cells --layers 3 --genotype".split(), tmp_path / "file", "--check") == 2
+    one_line()
+
+# -------- Whole runs ----------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def done(data, tmp_path_factory):
+    """A finished run, with figures."""
+    out = tmp_path_factory.mktemp("mobilenet") / "run"
+    assert run(data, "--out", out) == 0
+    return out
+
+def test_a_run_leaves_its_files_and_is_evaluated(done, capsys):
+    for name in ("layers.png", "support.png", "curves.png", "policy.png"):
+        with Image.open(done / name) as picture:
+            assert min(picture.size) > 300
+    assert not (done / "cells.png").exists()
+    genotype, said = common.load_genotype(done / "genotype.json", "mobilenet"), result(done)
+    assert [record["phase"] for record in lines(done)] == ["search", "search", "train"]
+    assert [[name, 0] for name in genotype] == [node[0] for node in lines(done)[-1]["support"]]
+    net, info = dha.load_model(done / "model.pt")
+    assert net.genotype() == genotype and len(genotype) == 6 and str(genotype) == said["genotype"]
+    assert said["params"] == sum(p.numel() for p in net.parameters()) and info["space"] == "mobilenet"
+    assert said["flops"] == common.count_flops(net, 32)
+    assert dha.main(["--evaluate", str(done), "--gpu", "-1"]) == 0
+    assert f"test accuracy: {said['test_accuracy']:.2f} % of 20 images" in capsys.readouterr().out
+
+def test_a_stopped_run_ends_the_same_and_its_genotype_can_be_given(data, done, tmp_path, monkeypatch):
+    monkeypatch.setattr(dha, "draw_dha", lambda *given: None)
+    with monkeypatch.context() as patch:
+        stop_after_every_epoch(patch, dha)
+        for number in range(3):
+            assert run(data, "--out", tmp_path / "run", "--resume") == 128 + SIGNALS[number % 2]
+    assert run(data, "--out", tmp_path / "run", "--resume") == 0
+    assert_same(tmp_path / "run", done)
+    assert run(data, "--genotype", done / "genotype.json", "--out", tmp_path / "given") == 0
+    assert result(tmp_path / "given")["search_epochs"] == 0
+    assert (tmp_path / "given" / "genotype.json").read_bytes() == (done / "genotype.json").read_bytes()
+
+@pytest.mark.parametrize("flags", ["layers 7", "layers 1", "auxiliary-weight 0.4", "genotype DARTS_V2"])
+def test_bad_flags_are_one_line(flags, data, tmp_path, one_line):
+    assert run(data, *f"--{flags}".split(), "--out", tmp_path / "run") == 2
+    one_line()
+    assert not (tmp_path / "run").exists()
+
+# -------- The 7 x 7 depthwise convolution's own backward pass -----------------------------------------------
+
+@pytest.mark.parametrize("size", [(9, 7), (5, 8), (3, 3), (1, 1)])
+def test_depthwise_7x7_equals_the_plain_one(size):
+    ours = common.DepthwiseConv(3, 7).double()
+    plain = torch.nn.Conv2d(3, 3, 7, padding=3, groups=3, bias=False).double()
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    outs, upstream = (ours(x), plain(x)), torch.randn_like(x)
+    assert "_Depthwise" in type(outs[0].grad_fn).__name__
+    grads = [torch.autograd.grad(out, (x, net.weight), upstream) for out, net in zip(outs, (ours, plain))]
+    for a, b in (outs, *zip(*grads)):
+        assert (a - b).abs().max() <= 1e-12
+    x = torch.randn(1, 3, 5, 3, dtype=torch.float64, requires_grad=True)
+    apply = lambda x, weight: torch.func.functional_call(ours, {"weight": weight}, x)
+    assert torch.autograd.gradcheck(apply, (x, ours.weight))
