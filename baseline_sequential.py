@@ -415,7 +415,7 @@ def search_policy(args: argparse.Namespace, data: Data, run: argparse.Namespace)
         batches = common.loader(images, labels, order, True)
         bar = progress(batches, f"policy {epoch + 1}/{args.faa_epochs}", len(order))
         for step, (x, y) in enumerate(bar):
-            half = len(x) // 2
+            x, half = x / 255, len(x) // 2
             real, other, own, others = x[:half], x[half : 2 * half], y[:half], y[half : 2 * half]
             moved = critic_step(s, real, own, other, args), policy_step(s, other, others, args)
             meters[step] = torch.cat(moved)

@@ -548,9 +548,9 @@ class DHA:
         self.mean, self.std = common.mean_std(data.train_images)
 
 def train_step(s: DHA, images: Tensor, labels: Tensor, args: argparse.Namespace) -> Tensor:
-    """One iteration on images (B, 3, H, W) in [0, 1], cropped and flipped at random, and labels (B,).
+    """One iteration on uint8 images (B, 3, H, W), cropped and flipped at random, and labels (B,).
     Returns (loss, accuracy in %), detached."""
-    x = images
+    x = images / 255
     if not args.no_da:
         pairs = sample_pairs(s.tau, len(x))
         x = apply_pairs(x, pairs)
@@ -1041,8 +1041,8 @@ def parse_args(argv: list[str], saved: dict = {}) -> argparse.Namespace:
     add("--search-epochs", type=int, default=120, help="most epochs until the architecture is fixed")
     add("--train-epochs", type=int, default=600, help="epochs after it is fixed, same weights")
     add("--batch-size", type=int, default=96, help="images a step, over all GPUs")
-    add("--channels", type=int, default=36, help="channels of the first cells (even); mobilenet: of the stem")
-    add("--layers", type=int, default=20, help="cells, reductions at 1/3 and 2/3; mobilenet: layers, 5 n + 1")
+    add("--channels", type=int, default=36, help="channels of the first cells (even)")
+    add("--layers", type=int, default=20, help="cells; reductions at 1/3 and 2/3")
     add("--lr", type=float, default=0.025, help="learning rate at the start")
     add("--weight-decay", type=float, default=3e-4, help="weight decay at the start")
     add("--grad-clip", type=float, default=5.0, help="largest norm of the weights' gradient")
@@ -1061,7 +1061,7 @@ def parse_args(argv: list[str], saved: dict = {}) -> argparse.Namespace:
     add("--max-lr-step", type=float, default=0.1, help="most that a step of Eq. 3 moves lr, as a share of it")
     add("--max-wd-step", type=float, default=1e-5, help="most that a step of Eq. 3 moves the weight decay")
     add = parser.add_argument_group("architecture (NAS)").add_argument
-    add("--space", choices=SPACES, default="cells", help="DARTS' cells, or ProxylessNAS' layers")
+    add("--space", choices=SPACES, default="cells", help="cells, or --layers 5 n + 1, --channels the stem's")
     add("--genotype", metavar="NAME|FILE", help=f"no search: {', '.join(common.GENOTYPES)} or a file")
     add("--arch-lr", type=float, default=3e-4, help="Adam's learning rate for b")
     add("--b-scale", type=float, default=1e-3, help="standard deviation of b's first values")
@@ -1090,8 +1090,8 @@ def main(argv: list[str]) -> int:
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt(128 + number)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    on_signal = lambda do: [signal.signal(number, do) for number in (signal.SIGINT, signal.SIGTERM)]
+    on_signal(stop)
     try:
         args = parse_args(argv)
         device = start_device(args)
@@ -1110,8 +1110,8 @@ def main(argv: list[str]) -> int:
     except (InputError, OSError, ArithmeticError, RuntimeError) as e:
         if type(e) is RuntimeError and WORLD == 1:  # not GPU memory, nor a process that died
             raise
-        if RANK:
-            time.sleep(5)  # where rank 0 has failed too, and said so, torchrun ends this process now
+        on_signal(signal.SIG_DFL)  # torchrun may end this process now
+        time.sleep(5 * (RANK > 0))  # where rank 0 has failed too, and said so, it does
         print("error:", str(e).splitlines()[0], file=sys.stderr)
         return 2 if isinstance(e, (InputError, OSError)) else 1
     except KeyboardInterrupt as e:

@@ -402,8 +402,9 @@ class JointSearch:
         self.mean, self.std = common.mean_std(data.train_images)
 
     def loss(self, images: Tensor, labels: Tensor, amp: bool) -> tuple[Tensor, Tensor]:
-        """L(w, alpha, z, p, mu) of images (B, 3, H, W) in [0, 1], cross-entropy; and the accuracy in %."""
-        x = self.policy(images) if self.policy else images
+        """L(w, alpha, z, p, mu) of uint8 images (B, 3, H, W), cross-entropy; and the accuracy in %."""
+        x = images / 255
+        x = self.policy(x) if self.policy else x
         with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
             logits = self.net(common.normalize(x, self.mean, self.std)).float()
         return F.cross_entropy(logits, labels), 100 * (logits.argmax(1) == labels).float().mean()
@@ -417,7 +418,7 @@ def learn(some: list[Tensor], others: list[Tensor]) -> None:
 
 def search_step(s: JointSearch, val: tuple, train: tuple, grad_clip: float, amp: bool) -> Tensor:
     """One iteration of Alg. 1 on two batches of (images, labels), from D_val and from D_train; the images
-    (B, 3, H, W) in [0, 1], cropped and flipped at random. Returns (L_val, its accuracy in %, L_train, its
+    uint8 (B, 3, H, W), cropped and flipped at random. Returns (L_val, its accuracy in %, L_train, its
     accuracy in %), detached: (4,)."""
     learn(s.upper, others=s.weights)
     loss_val, accuracy_val = s.loss(*val, amp)  # lines 3 to 5
@@ -565,7 +566,7 @@ def train(args: argparse.Namespace, data: Data, run: argparse.Namespace) -> Netw
         batches = common.loader(data.train_images, data.train_labels, order, True)
         bar = progress(batches, f"train {epoch + 1}/{args.train_epochs}", len(order))
         for step, (x, labels) in enumerate(bar):
-            x = augment(x, policy) if policy else x
+            x = augment(x / 255, policy) if policy else x
             x = common.cutout(common.normalize(x, mean, std), args.cutout)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 out = net(x)
@@ -792,7 +793,7 @@ def run_joint(args: argparse.Namespace, device: torch.device) -> dict:
     try:
         first = torch.arange(min(8, len(data.test_labels)), device=device)[None]
         images, _ = next(common.loader(data.test_images, data.test_labels, first, train=False))
-        draw_joint(out, run.history, genotype, images.cpu())
+        draw_joint(out, run.history, genotype, images.cpu() / 255)
     except Exception as e:  # whatever matplotlib raises: a trained network is not lost for a picture
         print(f"warning: not all figures could be drawn: {type(e).__name__}: {e}")
     save(out / "result.json", result)
@@ -957,8 +958,8 @@ def main(argv: list[str]) -> int:
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt(128 + number)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    on_signal = lambda do: [signal.signal(number, do) for number in (signal.SIGINT, signal.SIGTERM)]
+    on_signal(stop)
     try:
         args = parse_args(argv)
         device = start_device(args)
@@ -977,8 +978,8 @@ def main(argv: list[str]) -> int:
     except (InputError, OSError, ArithmeticError, RuntimeError) as e:
         if type(e) is RuntimeError and WORLD == 1:  # not GPU memory, nor a process that died
             raise
-        if RANK:
-            time.sleep(5)  # where rank 0 has failed too, and said so, torchrun ends this process now
+        on_signal(signal.SIG_DFL)  # torchrun may end this process now
+        time.sleep(5 * (RANK > 0))  # where rank 0 has failed too, and said so, it does
         print("error:", str(e).splitlines()[0], file=sys.stderr)
         return 2 if isinstance(e, (InputError, OSError)) else 1
     except KeyboardInterrupt as e:

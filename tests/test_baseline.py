@@ -347,7 +347,7 @@ def test_a_flag_is_the_same_in_every_script_that_has_it(monkeypatch):
                 assert getattr(first, what) == getattr(other, what), (name, what)
             if name in shared[0]:
                 assert first.default == other.default, name
-            if name not in ("search_epochs", "train_epochs", "arch_lr", "channels", "layers"):  # its own
+            if name not in ("search_epochs", "train_epochs", "arch_lr"):  # its own
                 assert first.help == other.help, name
     for flags in of:
         assert all(action.help for action in flags.values())

@@ -45,7 +45,7 @@ def tiny(*flags, count=64):
 def steps(s, data, args, count, first=0):
     """The measured (loss, accuracy) of `count` steps on batches of 8, one after the other."""
     parts = [slice(8 * i, 8 * i + 8) for i in range(first, first + count)]
-    batches = [(data.train_images[part].float() / 255, data.train_labels[part]) for part in parts]
+    batches = [(data.train_images[part], data.train_labels[part]) for part in parts]
     return [dha.train_step(s, *batch, args) for batch in batches]
 
 
@@ -666,7 +666,7 @@ def test_a_step_on_cuda_never_waits_for_the_host(monkeypatch):
         s.b_optimizer = torch.optim.Adam(s.net.b)
         s.tau = torch.empty(14, 14, device="cuda", requires_grad=True)
         s.lr, s.wd, s.mean, s.std = (torch.empty(n, device="cuda") for n in ((), (), 3, 3))
-        images = torch.empty(8, 3, 32, 32, device="cuda")
+        images = torch.empty(8, 3, 32, 32, dtype=torch.uint8, device="cuda")
         labels = torch.empty(8, dtype=torch.long, device="cuda")
         with Waits() as waits:
             for _ in range(2):

@@ -324,7 +324,7 @@ def small_search(*flags):
     args = joint.parse_args([*TINY, *flags])
     data = common.Data(*common.shapes(40, 0), *common.shapes(10, 1), list(common.SHAPE_CLASSES))
     s = joint.JointSearch(args, data, torch.device("cpu"))
-    images = data.train_images.float() / 255
+    images = data.train_images
     val, train = ((images[k : k + 8], data.train_labels[k : k + 8]) for k in (0, 8))
     return s, (val, train, args.grad_clip, args.amp), args
 
@@ -440,7 +440,7 @@ def test_a_search_step_on_cuda_never_waits_for_the_host(monkeypatch):
     with FakeTensorMode():
         with torch.device("cuda"):
             labels = torch.empty(8, dtype=torch.long)
-            batch = torch.empty(8, 3, 32, 32), labels
+            batch = torch.empty(8, 3, 32, 32, dtype=torch.uint8), labels
             data = common.Data(*batch, *batch, list(common.SHAPE_CLASSES))
             args = joint.parse_args([*TINY, "--stages", "1"])
             s = joint.JointSearch(args, data, torch.device("cuda"))

@@ -32,15 +32,15 @@ def shown(images, labels, train=False, size=4):
     """What `loader` shows of put_number's images: [(number, label)]."""
     pairs = []
     for x, y in loader(images, labels, torch.arange(len(images)).split(size), train):
-        assert x.shape == (len(y), *images.shape[1:]) and x.dtype == torch.float32
-        red, green = (x[:, c].mean((1, 2)).mul(255 / 16).int() for c in (0, 1))
+        assert x.shape == (len(y), *images.shape[1:]) and x.dtype == torch.uint8
+        red, green = (x[:, c].float().mean((1, 2)).div(16).int() for c in (0, 1))
         pairs += zip((red * 16 + green).tolist(), y.tolist())
     return pairs
 
 def levels(images, order, train=False):
     """All batches of `order` as one uint8 tensor."""
     found = loader(images, torch.zeros(len(images), dtype=torch.int64), order, train)
-    return torch.cat([x for x, _ in found]).mul(255).round().byte()
+    return torch.cat([x for x, _ in found])
 
 def names(data):
     """[(class, file)] to train on and to test on, whose labels must be those of their folders."""
@@ -343,8 +343,8 @@ def test_loader_of_tensors():
     images, labels = torch.from_numpy(noise(40, 3, 8, 8)), torch.arange(40)
     order = torch.randperm(40).split(16)
     for (x, y), batch in zip(loader(images, labels, order, False), order, strict=True):
-        assert torch.equal(x, images[batch] / 255) and torch.equal(y, batch)
-    seen = torch.cat([x for x, _ in loader(images, labels, order, True)]).mul(255).round().byte()
+        assert torch.equal(x, images[batch]) and torch.equal(y, batch)
+    seen = torch.cat([x for x, _ in loader(images, labels, order, True)])
     sources = images[torch.cat(order)]
     assert all({*a.flatten().tolist()} <= {0, *b.flatten().tolist()} for a, b in zip(seen, sources))
     assert (seen != sources).flatten(1).any(1).sum() > 35
