@@ -601,7 +601,7 @@ class FactorizedReduce(nn.Module):
         return self.bn(torch.cat([self.conv1(even), self.conv2(odd)], 1))
 
 class DepthwiseConv(nn.Conv2d):
-    """A k x k depthwise convolution, k 3, 5 or 7: (B, channels, H, W) to H/stride, W/stride, rounded up."""
+    """A k x k depthwise convolution, k 3 or 5: (B, channels, H, W) to H/stride, W/stride, rounded up."""
     def __init__(self, channels: int, k: int, stride: int = 1, dilation: int = 1):
         super().__init__(channels, channels, k, stride, k // 2 * dilation, dilation, channels, bias=False)
 
@@ -645,10 +645,10 @@ def _depthwise_weight_gradient(x: Tensor, grad: Tensor, k: int, dilation: int) -
     size = (C, 1, 3, 3)
     if k == 3:
         return conv2d_weight(x, size, grad, padding=1, groups=C)
-    out, p = x.new_empty(C, 1, k, k), k // 2
-    for i in range(0, k - 2, 2):  # 5 x 5 taps are four overlapping windows of 3 x 3, 7 x 7 are nine
-        for j in range(0, k - 2, 2):
-            padding = (p - j, 2 - p + j, p - i, 2 - p + i)
+    out = x.new_empty(C, 1, 5, 5)
+    for i in (0, 2):  # 5 x 5 taps are four overlapping windows of 3 x 3
+        for j in (0, 2):
+            padding = (2 - j, j, 2 - i, i)
             out[:, :, i : i + 3, j : j + 3] = conv2d_weight(F.pad(x, padding), size, grad, groups=C)
     return out
 

@@ -446,7 +446,7 @@ def test_a_search_step_on_cuda_never_waits_for_the_host(monkeypatch):
             s = joint.JointSearch(args, data, torch.device("cuda"))
         with Waits() as waits:
             measured = joint.search_step(s, batch, batch, 5.0, False)
-            joint.augment(batch[0], s.policy)
+            joint.augment(batch[0] / 255, s.policy)
         assert measured.device.type == "cuda" and calls == ["cuda"] * 2 and waits.seen == []
         with pytest.raises(Exception, match="local_scalar"):
             float(measured.sum())  # the pretended device does notice

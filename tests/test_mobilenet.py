@@ -310,20 +310,3 @@ def test_bad_flags_are_one_line(flags, data, tmp_path, one_line):
     assert run(data, *f"--{flags}".split(), "--out", tmp_path / "run") == 2
     one_line()
     assert not (tmp_path / "run").exists()
-
-# -------- The 7 x 7 depthwise convolution's own backward pass -----------------------------------------------
-
-@pytest.mark.parametrize("size", [(9, 7), (5, 8), (3, 3), (1, 1)])
-def test_depthwise_7x7_equals_the_plain_one(size):
-    ours = common.DepthwiseConv(3, 7).double()
-    plain = torch.nn.Conv2d(3, 3, 7, padding=3, groups=3, bias=False).double()
-    plain.load_state_dict(ours.state_dict())
-    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
-    outs, upstream = (ours(x), plain(x)), torch.randn_like(x)
-    assert "_Depthwise" in type(outs[0].grad_fn).__name__
-    grads = [torch.autograd.grad(out, (x, net.weight), upstream) for out, net in zip(outs, (ours, plain))]
-    for a, b in (outs, *zip(*grads)):
-        assert (a - b).abs().max() <= 1e-12
-    x = torch.randn(1, 3, 5, 3, dtype=torch.float64, requires_grad=True)
-    apply = lambda x, weight: torch.func.functional_call(ours, {"weight": weight}, x)
-    assert torch.autograd.gradcheck(apply, (x, ours.weight))
