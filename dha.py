@@ -646,28 +646,41 @@ def load_data(args: argparse.Namespace, device: torch.device) -> Data:
         raise InputError(f"{H} pixels are too few for the auxiliary head: give --auxiliary-weight 0")
     return data.to(device)
 
-def within_limits(net: SparseSupernet, args: argparse.Namespace, image_size: int) -> bool:
-    """The constraints of Eq. (1): parameters and multiply-adds of the network that the support stands for."""
+def overrun(net: SparseSupernet, args: argparse.Namespace, image_size: int) -> float:
+    """Eq. (1): the largest c_i(alpha) / C_i, of parameters and multiply-adds of the support's network."""
     active = {p for k in range(len(net.frozen)) for op in net.operations(k) for p in op.parameters()}
     idle = {*net.b.parameters(), *(p for cell in net.cells for p in cell.nodes.parameters())} - active
     c = common.count_parameters(net) - sum(p.numel() for p in idle)
-    fits = args.max_params is None or c <= args.max_params  # Eq. (1): c_i(alpha) <= C_i
-    return fits and (args.max_flops is None or common.count_flops(net, image_size) <= args.max_flops)
+    shares = [c / args.max_params] if args.max_params else [0.0]
+    return max(shares + ([common.count_flops(net, image_size) / args.max_flops] if args.max_flops else []))
+
+def within_limits(net: SparseSupernet, args: argparse.Namespace, image_size: int) -> bool:
+    return overrun(net, args, image_size) <= 1  # Eq. (1): c_i(alpha) <= C_i
 
 def start(args: argparse.Namespace, data: Data, device: torch.device) -> DHA:
-    """What a run begins with. Draws b until the support keeps the constraints; InputError after 30 draws."""
+    """What a run begins with. While the support breaks the constraints, node after node gets a b that makes a
+    random operation its strongest, and keeps it if that comes nearer. InputError after 300 draws."""
     torch.manual_seed(args.seed)
-    s = DHA(args, data, device)
-    for _ in range(1 if args.genotype else 30):
-        if args.genotype:
-            s.theta = list(s.net.keep(common.parse_genotype(args.genotype, args.space)).parameters())
-        else:
-            s.net.recover(args.lasso)
-        if within_limits(s.net, args, data.train_images.shape[-1]):
-            return s
-        for b in s.net.b:
-            nn.init.normal_(b, std=args.b_scale)
-    raise InputError("no architecture to start with keeps --max-params and --max-flops: raise them")
+    s, size = DHA(args, data, device), data.train_images.shape[-1]
+    if args.genotype:
+        s.theta = list(s.net.keep(common.parse_genotype(args.genotype, args.space)).parameters())
+    else:
+        s.net.recover(args.lasso)
+    nearest = overrun(s.net, args, size)
+    for n in range(0 if args.genotype else 300):
+        if nearest <= 1:
+            break
+        b, A = s.net.b[n % len(s.net.b)], s.net.A[n % len(s.net.b)]
+        last, i = b.detach().clone(), int(torch.randint(int(A.any(0).sum()), ()))
+        b.data.copy_(args.b_scale * (A[:, i] + 0.02 * torch.randn_like(b)))  # alpha: about one-hot
+        s.net.recover(args.lasso)
+        found = overrun(s.net, args, size)
+        if found > nearest:
+            b.data.copy_(last)
+        nearest = min(nearest, found)
+    if nearest > 1:
+        raise InputError("no architecture to start with keeps --max-params and --max-flops: raise them")
+    return s
 
 def state_of(s: DHA) -> dict:
     state = {"tau": s.tau.detach(), "lr": s.lr, "wd": s.wd, "net": s.net.state_dict()}
