@@ -220,7 +220,7 @@ def test_stopped_after_every_checkpoint_it_ends_the_same(script, done, tmp_path,
     assert script.run("--out", out, "--resume") == 0
     assert_same(out, done)
 
-@only("joint", "dha", pytest.param("baseline", marks=pytest.mark.slow))
+@only("dha", *(pytest.param(name, marks=pytest.mark.slow) for name in ("joint", "baseline")))
 def test_a_process_holds_its_directory_and_goes_on_after_a_signal(script, done, tmp_path, one_line):
     """A fresh process, and this one after it, end with the bits of a run in this process."""
     out, number = tmp_path / "run", SIGNALS[script.module is not joint]
