@@ -415,7 +415,7 @@ def search_policy(args: argparse.Namespace, data: Data, run: argparse.Namespace)
         batches = common.loader(images, labels, order, True)
         bar = progress(batches, f"policy {epoch + 1}/{args.faa_epochs}", len(order))
         for step, (x, y) in enumerate(bar):
-            x, half = x / 255, len(x) // 2
+            x, half = x / 255, len(x) // 2  # an odd one, where an image is damaged, is left out
             real, other, own, others = x[:half], x[half : 2 * half], y[:half], y[half : 2 * half]
             moved = critic_step(s, real, own, other, args), policy_step(s, other, others, args)
             meters[step] = torch.cat(moved)
@@ -484,10 +484,13 @@ def run_stage(name: str, command: list[str], out: Path) -> dict:
 
 def save(path: Path, content: dict) -> None:
     """Write a .pt or .json file whole or not at all; keep the last checkpoint as checkpoint.previous.pt."""
-    part, text = path.with_name(path.name + ".part"), path.suffix == ".json"
+    part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
-            file.write(json.dumps(content, indent=1).encode()) if text else torch.save(content, file)
+            if path.suffix == ".pt":
+                torch.save(content, file)
+            else:
+                file.write(json.dumps(content, indent=1).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as e:

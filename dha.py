@@ -14,6 +14,8 @@ nothing is retrained: what the search leaves is a trained network.
     torchrun --nproc-per-node 4 dha.py --dataset cifar10        # a process a GPU, --batch-size is the sum
     python dha.py --resume --out runs/dha-cifar10-seed0         # go on after a stop
     python dha.py --evaluate runs/dha-cifar10-seed0             # test accuracy of a finished run
+    python dha.py --space mobilenet --dataset cifar10           # ProxylessNAS' layers for DARTS' cells
+    python dha.py --preset imagenet --data-dir /data/imagenet   # photographs, 224 pixels
     python dha.py --genotype DARTS_V2 ...                       # a known architecture with learned DA and HPO
     python dha.py --no-da --no-hpo ...                          # the paper's "One-Stage ISTA"
 """
@@ -390,23 +392,24 @@ class SparseSupernet(nn.Module):
 
     def build_mobilenet(self, C: int, num_classes: int, layers: int, stem: str) -> None:
         """ProxylessNAS' layers: a fixed MBConv, stages of (layers - 1) / 5 layers and a last one of 1."""
-        self.states, self.kept, wide = [1] * layers, 1, stem == "imagenet"
+        self.states, self.kept = [1] * layers, 1
         width = lambda channels: max(round(channels * C / 32), 1)  # the paper's at C = 32
-        self.stem = nn.Sequential(*conv_bn_relu6(3, C, 3, 1 + wide))
+        first, n = 2 if stem == "imagenet" else 1, layers // 5
+        self.stem = nn.Sequential(*conv_bn_relu6(3, C, 3, first))
         self.stem1 = mobile_operation("mbconv1_3x3", C, width(16), 1)
         c_in, self.cells = width(16), nn.ModuleList()
-        for channels, stride in ((24, 1 + wide), (40, 2), (80, 2), (96, 1), (192, 2), (320, 1)):
-            for i in range(1 if channels == 320 else layers // 5):
-                layer = MobileLayer(len(self.cells), c_in, width(channels), stride if i == 0 else 1)
-                self.cells.append(layer)
-                c_in = width(channels)
+        stages = (24, first, n), (40, 2, n), (80, 2, n), (96, 1, n), (192, 2, n), (320, 1, 1)
+        for c_out, stride, count in ((width(c), stride, count) for c, stride, count in stages):
+            for i in range(count):
+                self.cells.append(MobileLayer(len(self.cells), c_in, c_out, stride if i == 0 else 1))
+                c_in = c_out
         self.head = nn.Sequential(*conv_bn_relu6(c_in, width(1280), 1))
         self.classifier = nn.Linear(width(1280), num_classes)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):  # strengths are float32 with --amp too
             none = (None,) * self.kept
-            weights = [none if self.frozen[k] else self.strength(k) for k in range(len(self.frozen))]
+            weights = [none if frozen else self.strength(k) for k, frozen in enumerate(self.frozen)]
         s0 = self.stem(x)
         s1, auxiliary = self.stem1(s0), None
         for i, cell in enumerate(self.cells):
@@ -446,8 +449,9 @@ class SparseSupernet(nn.Module):
 
     def operations(self, k: int) -> list[nn.Module]:
         """Node k's operations in each of its cells, cell by cell."""
-        nodes = [dict(enumerate(cell.nodes, cell.first)).get(k, {}) for cell in self.cells]
-        return [node[f"{name}_{state}"] for node in nodes if node for name, state in self.support[k]]
+        cells = [cell for cell in self.cells if cell.first <= k < cell.first + len(cell.nodes)]
+        nodes = [cell.nodes[k - cell.first] for cell in cells]
+        return [node[f"{name}_{state}"] for node in nodes for name, state in self.support[k]]
 
     @torch.no_grad()
     def freeze(self, k: int) -> None:
@@ -651,8 +655,10 @@ def overrun(net: SparseSupernet, args: argparse.Namespace, image_size: int) -> f
     active = {p for k in range(len(net.frozen)) for op in net.operations(k) for p in op.parameters()}
     idle = {*net.b.parameters(), *(p for cell in net.cells for p in cell.nodes.parameters())} - active
     c = common.count_parameters(net) - sum(p.numel() for p in idle)
-    shares = [c / args.max_params] if args.max_params else [0.0]
-    return max(shares + ([common.count_flops(net, image_size) / args.max_flops] if args.max_flops else []))
+    shares = [c / args.max_params if args.max_params else 0.0]
+    if args.max_flops:
+        shares.append(common.count_flops(net, image_size) / args.max_flops)
+    return max(shares)
 
 def within_limits(net: SparseSupernet, args: argparse.Namespace, image_size: int) -> bool:
     return overrun(net, args, image_size) <= 1  # Eq. (1): c_i(alpha) <= C_i
@@ -792,10 +798,13 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Sp
 
 def save(path: Path, content: dict) -> None:
     """Write a .pt or .json file whole or not at all; keep the last checkpoint as checkpoint.previous.pt."""
-    part, text = path.with_name(path.name + ".part"), path.suffix == ".json"
+    part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
-            file.write(json.dumps(content, indent=1).encode()) if text else torch.save(content, file)
+            if path.suffix == ".pt":
+                torch.save(content, file)
+            else:
+                file.write(json.dumps(content, indent=1).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as e:
@@ -900,16 +909,15 @@ def run_dha(args: argparse.Namespace, device: torch.device) -> dict:
         return {}
     net, genotype, size = s.net, s.net.genotype(), data.train_images.shape[-1]
     net.auxiliary = None
-    method = "given genotype" if args.genotype else "DHA"
-    method += " without DA" * args.no_da + " without HPO" * args.no_hpo
-    method = method.replace("DHA without DA without HPO", "One-Stage ISTA")
+    method = ("given genotype" if args.genotype else "DHA") + " without DA" * args.no_da
+    method = (method + " without HPO" * args.no_hpo).replace("DHA without DA without HPO", "One-Stage ISTA")
     result = {
         "test_accuracy": evaluate(net, data.test_images, data.test_labels, s.mean, s.std), "method": method,
         "train_loss": run.history[-1]["loss"], "dataset": args.dataset, "seed": args.seed,
         "params": common.count_parameters(net), "flops": common.count_flops(net, size),
         "epochs": len(run.history), "search_epochs": sum(r["phase"] == "search" for r in run.history),
-        "gpu_hours": run.seconds.pop("processes", 0.0) / 3600, "seconds": sum(run.seconds.values()),
-        "search_seconds": run.seconds.get("search", 0.0), "genotype": str(genotype)}
+        "seconds": run.seconds.get("search", 0.0) + run.seconds.get("train", 0.0), "genotype": str(genotype),
+        "search_seconds": run.seconds.get("search", 0.0), "gpu_hours": run.seconds["processes"] / 3600}
     common.save_genotype(genotype, out / "genotype.json")
     p = s.tau.detach().cpu().flatten().softmax(0).view(s.tau.shape)
     if not args.no_da:
@@ -970,9 +978,8 @@ def draw_dha(out: Path, history: list[dict], net: SparseSupernet, p: Tensor | No
         figure, axis = plt.subplots(figsize=(max(0.5 * len(genotype), 5), 2.6), layout="constrained")
         for i, (layer, name) in enumerate(zip(net.cells, genotype)):
             axis.bar(i, {"3": 3, "5": 5, "7": 7}.get(name[-1], 0), color=("#56B4E9", "#0072B2")["6_" in name])
-            axis.text(i, 0.2, layer.width, ha="center", fontsize=8)
-            axis.axvline(i - 0.5, color="0.3", linestyle=":", linewidth=1.5 * (layer.stride == 2))
-        axis.set(yticks=[3, 5, 7], ylim=(0, 7.5), ylabel="kernel; dark: x 6", xlabel="layer; dots: stride 2")
+            axis.text(i, 0.2, f"{layer.width}{' /2' * (layer.stride == 2)}", ha="center", fontsize=8)
+        axis.set(yticks=[3, 5, 7], ylim=(0, 7.5), ylabel="kernel", xlabel="layer and width; dark: x 6")
         figure.savefig(out / "layers.png", dpi=150)
     if plt and p is not None:
         figure, axis = plt.subplots(figsize=(7.5, 6.4), layout="constrained")
@@ -992,10 +999,9 @@ def draw_dha(out: Path, history: list[dict], net: SparseSupernet, p: Tensor | No
             for y, (_, state) in enumerate(edges):
                 axis.text(r["epoch"], y + 0.5, str(state) * (kept == 2), ha="center", va="center", fontsize=8)
         figure.colorbar(image, ticks=range(7)).ax.set_yticklabels(net.ops)
-        names = [f"{cell} {j}" for cell in ("normal", "reduce") for j in range(4)]
-        axis.set_yticks([kept * (k + 0.5) for k in range(len(net.frozen))], [names, range(y + 1)][kept == 1])
+        axis.set_yticks([kept * (k + 0.5) for k in range(len(net.frozen))], range(len(net.frozen)))
         axis.locator_params(axis="x", integer=True)
-        axis.set(xlabel="epoch", ylim=(y + 1, 0), title="Support of every node (number: the state it reads)")
+        axis.set(xlabel="epoch", ylim=(y + 1, 0), title="Support of every node (cells: 0 to 3 are normal)")
         figure.savefig(out / "support.png", dpi=150)
         plt.close("all")
 
@@ -1105,8 +1111,8 @@ def main(argv: list[str]) -> int:
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt(128 + number)
-    on_signal = lambda do: [signal.signal(number, do) for number in (signal.SIGINT, signal.SIGTERM)]
-    on_signal(stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         args = parse_args(argv)
         device = start_device(args)
@@ -1125,8 +1131,8 @@ def main(argv: list[str]) -> int:
     except (InputError, OSError, ArithmeticError, RuntimeError) as e:
         if type(e) is RuntimeError and WORLD == 1:  # not GPU memory, nor a process that died
             raise
-        on_signal(signal.SIG_DFL)  # torchrun may end this process now
-        time.sleep(5 * (RANK > 0))  # where rank 0 has failed too, and said so, it does
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which torchrun may send now: no trace of `stop`
+        time.sleep(5 * (RANK > 0))  # it does, where rank 0 has failed too, and said so
         print("error:", str(e).splitlines()[0], file=sys.stderr)
         return 2 if isinstance(e, (InputError, OSError)) else 1
     except KeyboardInterrupt as e:

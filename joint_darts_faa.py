@@ -380,13 +380,13 @@ class JointSearch:
     """What the search learns: the network's weights w and alpha, the policy's z, p, mu; and their optimizers.
     With --genotype the network is that genotype's and there is no alpha; with --policy there is no policy."""
     def __init__(self, args: argparse.Namespace, data: Data, device: torch.device):
-        size = len(data.classes), args.search_channels, args.search_layers
+        C, L, classes = args.search_channels, args.search_layers, len(data.classes)
         stem = common.stem_for(data.train_images)
         self.genotype = common.parse_genotype(args.genotype) if args.genotype else None
         if self.genotype:
-            self.net = Network(self.genotype, *size, stem=stem)
+            self.net = Network(self.genotype, classes, C, L, stem=stem)
         else:
-            self.net = DartsSupernet(size[1], size[0], size[2], stem)
+            self.net = DartsSupernet(C, classes, L, stem)
         self.net.to(device, memory_format=torch.channels_last)
         self.alphas = [] if self.genotype else self.net.alphas()
         self.weights = [p for name, p in self.net.named_parameters() if not name.startswith("alphas")]
@@ -516,10 +516,10 @@ def search(args: argparse.Namespace, data: Data, run: argparse.Namespace) -> Joi
         s.parts["w"].param_groups[0]["lr"] = lr
         s.net.train()
         draw = lambda k: common.batches(len(D_val), args.search_batch_size, 2 * seed + k, RANK, WORLD)
-        order = D_val[draw(0).to(device)], D_train[draw(1).to(device)]  # (steps, B) each
-        val_batches, train_batches = (common.loader(images, labels, part, True) for part in order)
-        meters, bar = torch.zeros(len(order[0]), 4, device=device), zip(val_batches, train_batches)
-        bar = progress(bar, f"search {epoch + 1}/{args.search_epochs}", len(meters))
+        orders = D_val[draw(0).to(device)], D_train[draw(1).to(device)]  # (steps, B) each
+        pairs = zip(*(common.loader(images, labels, order, True) for order in orders))
+        meters = torch.zeros(len(orders[0]), 4, device=device)
+        bar = progress(pairs, f"search {epoch + 1}/{args.search_epochs}", len(meters))
         for step, (val, train) in enumerate(bar):
             meters[step] = search_step(s, val, train, args.grad_clip, args.amp)
             if step % 20 == 19:
@@ -647,10 +647,13 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[
 
 def save(path: Path, content: dict) -> None:
     """Write a .pt or .json file whole or not at all; keep the last checkpoint as checkpoint.previous.pt."""
-    part, text = path.with_name(path.name + ".part"), path.suffix == ".json"
+    part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
-            file.write(json.dumps(content, indent=1).encode()) if text else torch.save(content, file)
+            if path.suffix == ".pt":
+                torch.save(content, file)
+            else:
+                file.write(json.dumps(content, indent=1).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as e:
@@ -778,17 +781,16 @@ def run_joint(args: argparse.Namespace, device: torch.device) -> dict:
         "method": ("given genotype" if args.genotype else "DARTS") + parts, "dataset": args.dataset,
         "seed": args.seed, "params": common.count_parameters(plain), "flops": common.count_flops(plain, size),
         "epochs": len(run.history), "search_epochs": sum(r["phase"] == "search" for r in run.history),
-        "gpu_hours": run.seconds.pop("processes", 0.0) / 3600, "seconds": sum(run.seconds.values()),
-        "search_seconds": run.seconds.get("search", 0.0), "genotype": str(genotype),
+        "seconds": run.seconds.get("search", 0.0) + run.seconds.get("train", 0.0), "genotype": str(genotype),
+        "search_seconds": run.seconds.get("search", 0.0), "gpu_hours": run.seconds["processes"] / 3600,
     }
     if net is not None:
         plain.load_state_dict(net.state_dict(), strict=False)
         mean, std = common.mean_std(data.train_images)
         accuracy = evaluate(plain, data.test_images, data.test_labels, mean, std)
         result = {"test_accuracy": accuracy, "train_loss": run.history[-1]["loss"]} | result
-        model = {"genotype": str(genotype), "channels": args.channels, "layers": args.layers}
+        model = {"genotype": str(genotype), "channels": args.channels, "layers": args.layers, "stem": stem}
         model |= {"classes": data.classes, "image_size": size, "mean": mean.cpu(), "std": std.cpu()}
-        model |= {"stem": stem}
         save(out / "model.pt", model | {"state_dict": plain.cpu().state_dict()})
     try:
         first = torch.arange(min(8, len(data.test_labels)), device=device)[None]
@@ -958,8 +960,8 @@ def main(argv: list[str]) -> int:
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt(128 + number)
-    on_signal = lambda do: [signal.signal(number, do) for number in (signal.SIGINT, signal.SIGTERM)]
-    on_signal(stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         args = parse_args(argv)
         device = start_device(args)
@@ -978,8 +980,8 @@ def main(argv: list[str]) -> int:
     except (InputError, OSError, ArithmeticError, RuntimeError) as e:
         if type(e) is RuntimeError and WORLD == 1:  # not GPU memory, nor a process that died
             raise
-        on_signal(signal.SIG_DFL)  # torchrun may end this process now
-        time.sleep(5 * (RANK > 0))  # where rank 0 has failed too, and said so, it does
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which torchrun may send now: no trace of `stop`
+        time.sleep(5 * (RANK > 0))  # it does, where rank 0 has failed too, and said so
         print("error:", str(e).splitlines()[0], file=sys.stderr)
         return 2 if isinstance(e, (InputError, OSError)) else 1
     except KeyboardInterrupt as e:

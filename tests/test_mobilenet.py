@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_dha import freeze_all, move_b, normalized, steps, tiny
+from test_dha import freeze_all, move_b, normalized, settings, steps, tiny
 from test_runs import SIGNALS, assert_same, lines, result, stop_after_every_epoch
 
 import common
@@ -235,6 +235,14 @@ def test_constraints_are_those_of_the_kept_network_and_reject():
     assert s.net.recover(1e-5, partial(dha.within_limits, s.net, limits[0], 32)) == []
     assert s.net.genotype() == MIXED and torch.equal(s.net.alpha, alpha)
     assert len(s.net.recover(1e-5)) == 11 and s.net.genotype() == larger
+
+def test_a_start_comes_down_to_the_constraints():
+    """From far above: half of what the first support costs, which random draws of all nodes do not meet."""
+    data, args = settings(*SPACE)
+    free = freeze_all(dha.start(args, data, torch.device("cpu")))
+    args.max_flops = common.count_flops(free, 32) // 2
+    s = dha.start(args, data, torch.device("cpu"))
+    assert common.count_flops(freeze_all(s), 32) <= args.max_flops
 
 # -------- genotype.json -------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ TINY = "--preset quick --gpu -1 --channels 4 --arch-lr 0.03 --b-scale 0.3 --weig
 MOVING = "--max-lr-step 1 --max-wd-step 1 --beta-wd 1 --beta-lr"  # freely, within the ranges
 KINDS = {
     "cells": (dha, f"{TINY} --layers 3 {MOVING} 0.3"),
-    "mobilenet": (dha, f"{TINY} --space mobilenet --layers 6 {MOVING} 0.03"),
+    "mobilenet": (dha, f"{TINY} --space mobilenet --layers 11 {MOVING} 0.03"),
     "joint": (joint, "--preset quick --gpu -1 --search-channels 2 --sub-policies 2 --stages 1 --lr 0.05"),
 }
 RANDOM = {"cells": "--auxiliary-weight 0.4 --drop-path 0.3 --cutout 8 --label-smoothing 0.1",
