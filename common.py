@@ -519,7 +519,7 @@ def load_genotype(name_or_path: str | Path, space: str = "cells") -> Genotype | 
     try:
         return parse_genotype(path.read_text(), space)
     except FileNotFoundError:
-        raise InputError(f"no {space} genotype {str(path)!r}: give a file or {list(GENOTYPES)}") from None
+        raise InputError(f"no {space} genotype {str(path)!r}; known cells: {', '.join(GENOTYPES)}") from None
     except (OSError, ValueError) as e:  # InputError is one
         raise InputError(f"cannot use the genotype in {path}: {e}") from e
 

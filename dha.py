@@ -979,11 +979,11 @@ def draw_dha(out: Path, history: list[dict], net: SparseSupernet, p: Tensor | No
         for i, (layer, name) in enumerate(zip(net.cells, genotype)):
             axis.bar(i, {"3": 3, "5": 5, "7": 7}.get(name[-1], 0), color=("#56B4E9", "#0072B2")["6_" in name])
             axis.text(i, 0.2, f"{layer.width}{' /2' * (layer.stride == 2)}", ha="center", fontsize=8)
-        axis.set(yticks=[3, 5, 7], ylim=(0, 7.5), ylabel="kernel", xlabel="layer and width; dark: x 6")
+        axis.set(yticks=[3, 5, 7], ylim=(0, 7.5), ylabel="kernel", xlabel="layer (width /stride; dark: x 6)")
         figure.savefig(out / "layers.png", dpi=150)
     if plt and p is not None:
         figure, axis = plt.subplots(figsize=(7.5, 6.4), layout="constrained")
-        figure.colorbar(axis.imshow(100 * p), label="probability of the pair (%; uniform: 0.51)")
+        figure.colorbar(axis.imshow(100 * p.numpy()), label="probability of the pair (%; uniform: 0.51)")
         axis.set_xticks(range(14), AUGMENTATIONS, rotation=90)
         axis.set_yticks(range(14), AUGMENTATIONS)
         axis.set(xlabel="second operation", ylabel="first operation", title="Policy at the end")
@@ -1001,7 +1001,7 @@ def draw_dha(out: Path, history: list[dict], net: SparseSupernet, p: Tensor | No
         figure.colorbar(image, ticks=range(7)).ax.set_yticklabels(net.ops)
         axis.set_yticks([kept * (k + 0.5) for k in range(len(net.frozen))], range(len(net.frozen)))
         axis.locator_params(axis="x", integer=True)
-        axis.set(xlabel="epoch", ylim=(y + 1, 0), title="Support of every node (cells: 0 to 3 are normal)")
+        axis.set(xlabel="epoch", ylim=(y + 1, 0), title="Support (number: state read; of cells 0-3: normal)")
         figure.savefig(out / "support.png", dpi=150)
         plt.close("all")
 
