@@ -674,7 +674,7 @@ def operation(name: str, channels: int, stride: int, affine: bool = True) -> nn.
 def drop_path(x: Tensor, prob: float) -> Tensor:
     """Zero whole samples of x (B, ...) with probability `prob` and scale the others to keep the mean."""
     keep = 1 - prob
-    return x * (torch.rand(x.shape[0], 1, 1, 1, device=x.device) < keep) / keep
+    return x * ((torch.rand(x.shape[0], 1, 1, 1, device=x.device) < keep) / keep)
 
 def auxiliary_head(c_in: int, num_classes: int, stem: str = "cifar") -> nn.Sequential:
     """DARTS' auxiliary classifier on a map of at least 8x8 (cifar) or 7x7 (imagenet): (B, num_classes)."""

@@ -1,0 +1,105 @@
+"""Two questions whose answers are known, for dha.py; minutes on 2 cores. Asserts nothing.
+
+    python tests/benchmarks/known_answer_dha.py lr         # does Eq. 3 raise a learning rate that is too small?
+    python tests/benchmarks/known_answer_dha.py planted    # does Eq. 4 find the operation that has the answer?
+
+lr: quick's run on `shapes`, without DA, at a twentieth of its learning rate, with Eq. 3 and without. Prints lr
+after every epoch and the test accuracy.
+
+planted: images are noise, and one candidate of the third node of normal cells, sep_conv_3x3 on state 1, is
+replaced by one that shows the label: nothing else can lower the loss. Prints in how many seeds the support
+has it at the start and after each epoch; of a node's 28 candidates chance would have it in 1 of 14 supports.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import common
+import dha
+
+NODE, PLANTED = 2, ("sep_conv_3x3", 1)
+
+
+def small_lr(seed: int, flags: list[str]) -> None:
+    data = common.load_data("shapes")
+    for hpo in ([], ["--no-hpo"]):
+        with tempfile.TemporaryDirectory() as folder:
+            given = ["--preset", "quick", "--no-da", "--lr", "0.0025", "--seed", str(seed), "--out", folder]
+            args = dha.parse_args([*given, *hpo, *flags])
+            s = dha.start(args, data, torch.device("cpu"))
+            run = dha.open_run(args, torch.device("cpu"))
+            dha.search_and_train(s, args, data, run)
+        rates = " ".join(f"{record['lr']:.4f}" for record in run.history)
+        print(f"seed {seed}, {'without' if hpo else 'with'} Eq. 3: lr {rates},", end=" ")
+        print(f"test accuracy {run.history[-1]['test_accuracy']:.1f} %", flush=True)
+
+
+class ShowsLabel(nn.Module):
+    """An operation that answers with the batch's labels, a pattern of channels each."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("pattern", torch.randn(10, channels))
+        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.labels = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shown = self.pattern[self.labels][:, :, None, None]
+        return self.norm(shown.expand(-1, -1, *x.shape[2:]))
+
+
+def planted(seed: int, epochs: int, steps: int, flags: list[str]) -> list[bool]:
+    """Is the planted operation in the support: at the start, and after each epoch's recovery."""
+    args = dha.parse_args(["--preset", "quick", "--no-da", "--no-hpo", "--batch-size", "32", *flags])
+    torch.manual_seed(seed)
+    noise = torch.randint(256, (32 * steps, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.randint(10, (32 * steps,))
+    data = common.Data(noise, labels, noise, labels, list(map(str, range(10))))
+    s = dha.DHA(args, data, torch.device("cpu"))
+    shows = []
+    for cell in s.net.cells:
+        if cell.first == 0:  # a normal one
+            op = cell.nodes[NODE]["{}_{}".format(*PLANTED)]
+            shows.append(ShowsLabel(op[-1].num_features))
+            cell.nodes[NODE]["{}_{}".format(*PLANTED)] = shows[-1]
+    s.net.train()
+    s.net.recover(args.lasso)
+    found = [PLANTED in s.net.support[NODE]]
+    for _ in range(epochs):
+        for images, y in zip(noise.split(32), labels.split(32)):
+            for op in shows:
+                op.labels = y
+            dha.train_step(s, images, y, args)
+        s.net.recover(args.lasso)
+        found.append(PLANTED in s.net.support[NODE])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("question", choices=["lr", "planted"])
+    parser.add_argument("--seeds", type=int, help="lr: 3, planted: 10")
+    parser.add_argument("--epochs", type=int, default=3, help="planted: recoveries")
+    parser.add_argument("--steps", type=int, default=94, help="planted: steps between them, as quick has")
+    mine, flags = parser.parse_known_args()
+    if mine.question == "lr":
+        for seed in range(mine.seeds or 3):
+            small_lr(seed, flags)
+        return
+    seeds = mine.seeds or 10
+    found = [planted(seed, mine.epochs, mine.steps, flags) for seed in range(seeds)]
+    for seed, row in enumerate(found):
+        print(f"seed {seed}:", " ".join("yes" if yes else "no" for yes in row))
+    print(f"start and epochs, of {seeds}:", [sum(column) for column in zip(*found)])
+
+
+if __name__ == "__main__":
+    main()

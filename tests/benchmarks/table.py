@@ -1,0 +1,181 @@
+"""Both papers' Table 1 in small, DHA's ablation, and what the results depend on: runs of the three scripts.
+
+    python tests/benchmarks/table.py joint --data-dir cifar10_jpeg    # joint, dha, ablation, sensitivity
+    python tests/benchmarks/table.py joint                            # print it from tests/results alone
+
+Starts every run that tests/results/ does not hold, goes on with those that were stopped, keeps there the
+result.json of each with the command that made it and its last line of metrics.jsonl; prints the table; draws
+the figures of ablation and sensitivity into .github/. Two runs at once share the cores, a half each, which
+on 2 cores gets through 1.5 times as many steps as one run that has both.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+
+import scipy.stats
+import torch
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "tests" / "results"
+sys.path.insert(0, str(ROOT))
+import common
+import joint_darts_faa
+
+DATA = "--preset quick --dataset folder --image-size 32 --limit-train 2000 --limit-test 500"
+JOINT = f"{DATA} --search-images 2000 --search-batch-size 32 --search-epochs 5 --train-epochs 30"
+DHA = f"{DATA} --search-epochs 10 --train-epochs 20"
+FIXED = f"{DATA} --train-epochs 30"  # every network is trained for 30 epochs, whatever was searched before
+RANDOM = "--genotype OUT/random-genotype-SEED.json"
+START = "tests/benchmarks/policy_start.py"
+
+ROWS = {  # SEED and OUT are filled in
+    "random genotype": f"joint_darts_faa.py {JOINT} --policy none {RANDOM}",
+    "random policy": f"joint_darts_faa.py {JOINT} --policy OUT/random-policy-SEED.json "
+    "--genotype OUT/DARTS-SEED/genotype.json",
+    "DARTS": f"joint_darts_faa.py {JOINT} --policy none",
+    "Faster AA, then DARTS": f"baseline_sequential.py --method faa-darts {JOINT}",
+    "DARTS + Faster AA jointly": f"joint_darts_faa.py {JOINT}",
+    "policy-lr 0.001": f"joint_darts_faa.py {JOINT} --policy-lr 0.001",
+    "policy-lr 0.1": f"joint_darts_faa.py {JOINT} --policy-lr 0.1",
+    "eta 0.2": f"{START} --eta 0.2 {JOINT}",
+    "eta 1": f"{START} --eta 1 {JOINT}",
+    "z even": f"{START} --even {JOINT}",
+    "random genotype, dha.py": f"dha.py {FIXED} --no-da --no-hpo {RANDOM}",
+    "random policy, dha.py": f"dha.py {DHA} --tau-lr 0",
+    "One-Stage ISTA": f"dha.py {DHA} --no-da --no-hpo",
+    "Sequential DHA": f"baseline_sequential.py --method dha {FIXED} --search-epochs 10",
+    "DHA": f"dha.py {DHA}",
+    "without DA": f"dha.py {DHA} --no-da",
+    "without HPO": f"dha.py {DHA} --no-hpo",
+    "without NAS": f"dha.py {FIXED} {RANDOM}",
+}
+SWEEPS = {"beta-lr": (3e-5, 3e-3), "beta-wd": (1e-4, 1e-2), "tau-lr": (0.025, 2.5), "lasso": (1e-6, 1e-4)}
+ROWS |= {f"{flag} {x:g}": f"dha.py {DHA} --{flag} {x:g}" for flag, values in SWEEPS.items() for x in values}
+QUICK = {"policy-lr": "0.01", "eta": "0.05", "z": "uniform"}  # what the rows of the sweeps are read against
+QUICK |= {"beta-lr": "0.0003", "beta-wd": "0.001", "tau-lr": "0.25", "lasso": "1e-05"}
+
+TABLES = {  # the rows; the others' difference is to the first
+    "joint": ["random genotype", "DARTS", "random policy", "Faster AA, then DARTS", "DARTS + Faster AA jointly"],
+    "dha": ["random genotype, dha.py", "One-Stage ISTA", "random policy, dha.py", "Sequential DHA", "DHA"],
+    "ablation": ["DHA", "without DA", "without HPO", "without NAS"],
+    "sensitivity-joint": ["DARTS + Faster AA jointly", *(row for row in ROWS if row.split()[0] in ("policy-lr", "eta", "z"))],
+    "sensitivity-dha": ["DHA", *(row for row in ROWS if row.split()[0] in SWEEPS)],
+}
+
+
+def slug(row: str, seed: int) -> str:
+    return "".join(c if c.isalnum() or c in ".-" else "_" for c in row) + f"-{seed}"
+
+
+def prepare(out: Path, seed: int) -> None:
+    """Write what the rows of chance are given: a genotype and a policy, drawn by the seed."""
+    torch.manual_seed(seed)
+    cells = []
+    for _ in range(2):
+        states = [state for j in range(4) for state in torch.randperm(j + 2)[:2].sort().values.tolist()]
+        cells.append([(common.PRIMITIVES[1 + int(torch.randint(7, ()))], state) for state in states])
+    genotype = common.Genotype(cells[0], [2, 3, 4, 5], cells[1], [2, 3, 4, 5])
+    common.save_genotype(genotype, out / f"random-genotype-{seed}.json")
+    policy = joint_darts_faa.Policy().table()  # z, p, mu from U(0, 1), as a search starts
+    (out / f"random-policy-{seed}.json").write_text(json.dumps(policy))
+
+
+def run(row: str, seed: int, mine: argparse.Namespace) -> None:
+    """Start or go on with a run; keep its result."""
+    out, kept = mine.out / slug(row, seed), RESULTS / f"{slug(row, seed)}.json"
+    if kept.exists():
+        return
+    command = ROWS[row].replace("OUT", str(mine.out)).replace("SEED", str(seed))
+    command += f" --seed {seed} --out {out}"
+    given = ["--data-dir", mine.data_dir, *([] if mine.gpu is None else ["--gpu", str(mine.gpu)])]
+    env = os.environ | {"OMP_NUM_THREADS": str(max(os.cpu_count() // mine.jobs, 1))}
+    print(f"python {command}", flush=True)
+    with open(f"{out}.log", "a") as log:
+        words = [sys.executable, *shlex.split(command), *given, "--resume"]
+        code = subprocess.call(words, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
+    if code:
+        raise SystemExit(f"{row}, seed {seed} ended with {code}: see {out}.log")
+    # While it trains a run looks at 500 test images; its network is judged by all 10,000.
+    words = [sys.executable, shlex.split(command)[0], "--evaluate", str(out), "--limit-test", "10000", *given]
+    said = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
+    accuracy, count = re.search(r"test accuracy: ([\d.]+) % of (\d+) images", said).groups()
+    result = json.loads((ROOT / out / "result.json").read_text())
+    last = json.loads((ROOT / out / "metrics.jsonl").read_text().splitlines()[-1])
+    about = json.loads(next((ROOT / out).rglob("config.json")).read_text())
+    result |= {"test_accuracy": float(accuracy), "test_images": int(count), "command": f"python {command}"}
+    result |= {"last_epoch": {k: v for k, v in last.items() if k != "support"}}
+    kept.write_text(json.dumps(result | {name: about[name] for name in ("torch", "device")}, indent=1) + "\n")
+
+
+def kept_results(row: str) -> dict[int, dict]:
+    """The results of a row that are kept: seed -> result."""
+    found = {}
+    for seed in range(100):
+        path = RESULTS / f"{slug(row, seed)}.json"
+        if path.exists():
+            found[seed] = json.loads(path.read_text())
+    return found
+
+
+def interval(differences: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % t-interval."""
+    n = len(differences)
+    half = scipy.stats.t.ppf(0.975, n - 1) * stdev(differences) / math.sqrt(n)
+    return mean(differences), half
+
+
+def table(name: str) -> str:
+    """A table as Markdown: accuracy, mean and deviation over seeds; its difference, seed by seed, to the first row."""
+    rows = TABLES[name]
+    first, lines = kept_results(rows[0]), [
+        "| | seeds | accuracy (%) | difference to the first row (95 % interval) | parameters | minutes (search) |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        runs = kept_results(row)
+        accuracy = [r["test_accuracy"] for r in runs.values()]
+        if len(accuracy) < 2:
+            lines.append(f"| {row} | {len(accuracy)} | {' '.join(f'{x:.2f}' for x in accuracy)} | | | |")
+            continue
+        both = [runs[seed]["test_accuracy"] - first[seed]["test_accuracy"] for seed in runs if seed in first]
+        against = "{:+.2f} ± {:.2f}".format(*interval(both)) if row != rows[0] else ""
+        total, search = (mean(r[key] / 60 for r in runs.values()) for key in ("seconds", "search_seconds"))
+        size = f"{mean(r['params'] for r in runs.values()) / 1000:.1f} k"
+        score = f"{mean(accuracy):.2f} ± {stdev(accuracy):.2f}"
+        lines.append(f"| {row} | {len(runs)} | {score} | {against} | {size} | {total:.1f} ({search:.1f}) |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--data-dir", help="CIFAR-10 as train/<class>/*, test/<class>/*; without it nothing is run")
+    parser.add_argument("--out", type=Path, default=Path("runs/table"), help="run directories")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once")
+    parser.add_argument("--gpu", type=int)
+    mine = parser.parse_args()
+    if mine.data_dir:
+        mine.data_dir = str(Path(mine.data_dir).absolute())
+        (ROOT / mine.out).mkdir(parents=True, exist_ok=True)
+        RESULTS.mkdir(exist_ok=True)
+        for seed in range(mine.seeds):
+            prepare(ROOT / mine.out, seed)
+        with ThreadPoolExecutor(mine.jobs) as pool:
+            wait = [pool.submit(run, row, seed, mine) for row in TABLES[mine.table] for seed in range(mine.seeds)]
+            for future in wait:
+                future.result()
+    print(table(mine.table))
+
+
+if __name__ == "__main__":
+    main()
