@@ -9,9 +9,8 @@ BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#00795A"
 WIDTH, ROW = 1000, 236
 
 
-def text(x: float, y: float, words: str, size: int = 14, colour: str = "#222", anchor: str = "middle", **more) -> str:
-    style = " ".join(f'{name.replace("_", "-")}="{value}"' for name, value in more.items())
-    return f'<text x="{x}" y="{y}" font-size="{size}" fill="{colour}" text-anchor="{anchor}" {style}>{words}</text>'
+def text(x: float, y: float, words: str, size: int = 14, colour: str = "#222", anchor: str = "middle") -> str:
+    return f'<text x="{x}" y="{y}" font-size="{size}" fill="{colour}" text-anchor="{anchor}">{words}</text>'
 
 
 def box(x: float, y: float, w: float, *lines: str) -> str:
@@ -32,10 +31,11 @@ def arrow(*points: tuple[float, float], colour: str = "#555", dashed: bool = Fal
     )
 
 
-def gradient(y: float, start: float, ends: list[float], colour: str, words: str, depth: float) -> str:
+def gradient(y: float, start: float, ends: list[float], colour: str, words: str, at: float, depth: float) -> str:
     """A gradient's way from the loss at x = start back to what it moves, below boxes that end at y."""
-    parts = [arrow((start, y), (start, y + depth), (end, y + depth), (end, y + 3), colour=colour, dashed=True) for end in ends]
-    return "".join(parts) + text((start + min(ends)) / 2, y + depth - 6, words, 13, colour)
+    ways = [[(start, y), (start, y + depth), (end, y + depth), (end, y + 3)] for end in ends]
+    drawn = "".join(arrow(*way, colour=colour, dashed=True) for way in ways)
+    return drawn + text(at, y + depth - 6, words, 13, colour)
 
 
 def chain(y: float, boxes: list[tuple], gap: float = 34) -> tuple[str, list[float]]:
@@ -61,8 +61,8 @@ def joint(y: float) -> str:
             (176, "train from scratch", "derived cell, policy"),
         ],
     )
-    drawn += gradient(y + 56, loss - 20, [policy, net + 30], BLUE, "on D_val: Eq. 9, one backward pass", 48)
-    return drawn + gradient(y + 56, loss + 20, [net - 30], ORANGE, "on D_train: Eq. 10", 86)
+    drawn += gradient(y + 56, loss - 20, [policy, net + 30], BLUE, "Eq. 9, on D_val", 395, 48)
+    return drawn + gradient(y + 56, loss + 20, [net - 30], ORANGE, "Eq. 10, on D_train", 612, 86)
 
 
 def dha(y: float) -> str:
@@ -72,14 +72,14 @@ def dha(y: float) -> str:
             (150, "images", "D_train"),
             (190, "a pair of operations", "drawn from p(τ)"),
             (190, "sparse supernet", "θ; b, ISTA gives α"),
-            (120, "losses", "L₁ … L_B"),
+            (120, "losses", "L₁ … L_B, mean"),
             (176, "SGD moves θ", "lr, wd"),
         ],
     )
-    drawn += gradient(y + 56, loss - 20, [net], ORANGE, "mean: θ, b", 30)
-    drawn += gradient(y + 56, loss + 20, [policy], BLUE, "Eq. 2: −Σ pₖ(τ) Lₖ", 68)
+    drawn += gradient(y + 56, loss - 20, [net], ORANGE, "of the mean", 605, 30)
+    drawn += gradient(y + 56, loss + 20, [policy], BLUE, "Eq. 2: −Σ pₖ(τ) Lₖ", 515, 68)
     way = arrow((loss + 40, y + 56), (loss + 40, y + 98), (step, y + 98), (step, y + 59), colour=GREEN, dashed=True)
-    return drawn + way + text((loss + step) / 2 + 30, y + 116, "Eq. 3: ∇L(θ⁺) of the next batch", 13, GREEN)
+    return drawn + way + text((loss + step) / 2 + 40, y + 116, "Eq. 3: ∇L(θ⁺) of the next batch", 13, GREEN)
 
 
 def sequential(y: float) -> str:
@@ -93,7 +93,7 @@ def sequential(y: float) -> str:
             (176, "train from scratch", "derived cell, policy"),
         ],
     )
-    first += gradient(y + 56, net, [policy], BLUE, "looks real? keeps its label?", 30)
+    first += gradient(y + 56, net, [policy], BLUE, "looks real? keeps its label?", 411, 30)
     second, _ = chain(
         y + 104,
         [
@@ -113,7 +113,7 @@ def main() -> None:
         "baseline_sequential.py: one part after the other": sequential,
     }
     for title, draw in titles.items():
-        parts += [text(20, y + 28, title, 16, anchor="start", font_weight="bold"), draw(y + 46)]
+        parts += [text(20, y + 28, title, 17, "#000", "start"), draw(y + 46)]
         y += ROW
     heads = "".join(
         f'<marker id="head{c[1:]}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" '

@@ -31,9 +31,9 @@ import common
 import joint_darts_faa
 
 DATA = "--preset quick --dataset folder --image-size 32 --limit-train 2000 --limit-test 500"
-JOINT = f"{DATA} --search-images 2000 --search-batch-size 32 --search-epochs 5 --train-epochs 30"
-DHA = f"{DATA} --search-epochs 10 --train-epochs 20"
-FIXED = f"{DATA} --train-epochs 30"  # every network is trained for 30 epochs, whatever was searched before
+JOINT = f"{DATA} --search-images 2000 --search-batch-size 32 --search-epochs 5 --train-epochs 20"
+DHA = f"{DATA} --search-epochs 7 --train-epochs 13"
+FIXED = f"{DATA} --train-epochs 20"  # every network is trained for 20 epochs, whatever was searched before
 RANDOM = "--genotype OUT/random-genotype-SEED.json"
 START = "tests/benchmarks/policy_start.py"
 
@@ -52,7 +52,7 @@ ROWS = {  # SEED and OUT are filled in
     "random genotype, dha.py": f"dha.py {FIXED} --no-da --no-hpo {RANDOM}",
     "random policy, dha.py": f"dha.py {DHA} --tau-lr 0",
     "One-Stage ISTA": f"dha.py {DHA} --no-da --no-hpo",
-    "Sequential DHA": f"baseline_sequential.py --method dha {FIXED} --search-epochs 10",
+    "Sequential DHA": f"baseline_sequential.py --method dha {FIXED} --search-epochs 7",
     "DHA": f"dha.py {DHA}",
     "without DA": f"dha.py {DHA} --no-da",
     "without HPO": f"dha.py {DHA} --no-hpo",
