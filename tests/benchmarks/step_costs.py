@@ -92,10 +92,11 @@ def main() -> None:
     both = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if mine.gpu >= 0 else [])]
     with profile(activities=both) as seen:
         timed()
-    spent = [(e.self_device_time_total if mine.gpu >= 0 else e.self_cpu_time_total, e.count, e.key) for e in seen.key_averages()]
+    own = "self_device_time_total" if mine.gpu >= 0 else "self_cpu_time_total"
+    spent = [(getattr(event, own), event.count, event.key) for event in seen.key_averages()]
     total = sum(row[0] for row in spent)
     hours = seconds * count / 3600
-    print(f"{mine.script}: {seconds:.2f} s a step, {memory:.2f} GiB; {count:,} steps of a full run: {hours:,.1f} h")
+    print(f"{mine.script}: {seconds:.2f} s a step, {memory:.2f} GiB; {count:,} steps, a full run: {hours:,.1f} h")
     for time_of, calls, key in sorted(spent, reverse=True)[: mine.rows]:
         print(f"{100 * time_of / total:5.1f} %  {calls:6d} calls  {key}")
 

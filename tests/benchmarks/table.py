@@ -42,7 +42,7 @@ ROWS = {  # SEED and OUT are filled in
     "random policy": f"joint_darts_faa.py {JOINT} --policy OUT/random-policy-SEED.json "
     "--genotype OUT/DARTS-SEED/genotype.json",
     "DARTS": f"joint_darts_faa.py {JOINT} --policy none",
-    "Faster AA, then DARTS": f"baseline_sequential.py --method faa-darts {JOINT}",
+    "Faster AA, then DARTS": f"baseline_sequential.py --method faa-darts --faa-epochs 20 {JOINT}",
     "DARTS + Faster AA jointly": f"joint_darts_faa.py {JOINT}",
     "policy-lr 0.001": f"joint_darts_faa.py {JOINT} --policy-lr 0.001",
     "policy-lr 0.1": f"joint_darts_faa.py {JOINT} --policy-lr 0.1",
@@ -64,12 +64,20 @@ QUICK = {"policy-lr": "0.01", "eta": "0.05", "z": "uniform"}  # what the rows of
 QUICK |= {"beta-lr": "0.0003", "beta-wd": "0.001", "tau-lr": "0.25", "lasso": "1e-05"}
 
 TABLES = {  # the rows; the others' difference is to the first
-    "joint": ["random genotype", "DARTS", "random policy", "Faster AA, then DARTS", "DARTS + Faster AA jointly"],
-    "dha": ["random genotype, dha.py", "One-Stage ISTA", "random policy, dha.py", "Sequential DHA", "DHA"],
+    "joint": [
+        "random genotype",
+        "random policy",
+        "DARTS",
+        "Faster AA, then DARTS",
+        "DARTS + Faster AA jointly",
+    ],
+    "dha": ["random genotype, dha.py", "random policy, dha.py", "One-Stage ISTA", "Sequential DHA", "DHA"],
     "ablation": ["DHA", "without DA", "without HPO", "without NAS"],
-    "sensitivity-joint": ["DARTS + Faster AA jointly", *(row for row in ROWS if row.split()[0] in ("policy-lr", "eta", "z"))],
-    "sensitivity-dha": ["DHA", *(row for row in ROWS if row.split()[0] in SWEEPS)],
 }
+SENSITIVITY = {"sensitivity-joint": ("DARTS + Faster AA jointly", ("policy-lr", "eta", "z"))}
+SENSITIVITY["sensitivity-dha"] = ("DHA", tuple(SWEEPS))
+for name, (middle, flags) in SENSITIVITY.items():
+    TABLES[name] = [middle, *(row for row in ROWS if row.split()[0] in flags)]
 
 
 def slug(row: str, seed: int) -> str:
@@ -134,12 +142,11 @@ def interval(differences: list[float]) -> tuple[float, float]:
 
 
 def table(name: str) -> str:
-    """A table as Markdown: accuracy, mean and deviation over seeds; its difference, seed by seed, to the first row."""
+    """A table as Markdown. The difference to the first row is taken seed by seed; with its 95 % t-interval."""
     rows = TABLES[name]
-    first, lines = kept_results(rows[0]), [
-        "| | seeds | accuracy (%) | difference to the first row (95 % interval) | parameters | minutes (search) |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    first = kept_results(rows[0])
+    lines = ["| | seeds | accuracy (%) | difference to the first row (95 %) | parameters | minutes (search) |"]
+    lines.append("|" + " --- |" * 6)
     for row in rows:
         runs = kept_results(row)
         accuracy = [r["test_accuracy"] for r in runs.values()]
@@ -155,10 +162,40 @@ def table(name: str) -> str:
     return "\n".join(lines)
 
 
+def draw(name: str) -> None:
+    """.github/<name>.png: every seed's accuracy a dot, the mean a line; sensitivity: a panel a setting."""
+    import matplotlib.pyplot as plt
+
+    plt.switch_backend("agg")
+    if name == "ablation":
+        panels = {"ablation of DHA": {row: row for row in TABLES[name]}}
+    else:
+        middle, flags = SENSITIVITY[name]
+        panels = {}
+        for flag in flags:
+            rows = {row.split()[1]: row for row in TABLES[name] if row.split()[0] == flag}
+            rows[QUICK[flag] + "\n(quick)"] = middle
+            number = lambda label: float(label.split()[0]) if flag != "z" else len(label)
+            panels[flag] = {label: rows[label] for label in sorted(rows, key=number)}
+    size = {"figsize": (max(3 * len(panels), 6), 3.4), "layout": "constrained"}
+    figure, axes = plt.subplots(1, len(panels), sharey=True, squeeze=False, **size)
+    for axis, (title, rows) in zip(axes[0], panels.items()):
+        for x, row in enumerate(rows.values()):
+            accuracy = [result["test_accuracy"] for result in kept_results(row).values()]
+            axis.plot([x] * len(accuracy), accuracy, "o", color="#0072B2", alpha=0.6)
+            axis.hlines(mean(accuracy), x - 0.25, x + 0.25, color="#D55E00")
+        axis.set_xticks(range(len(rows)), rows)
+        axis.set(title=title, xlim=(-0.5, len(rows) - 0.5))
+    axes[0, 0].set_ylabel("test accuracy (%)")
+    figure.savefig(ROOT / ".github" / f"{name}.png", dpi=150)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--data-dir", help="CIFAR-10 as train/<class>/*, test/<class>/*; without it nothing is run")
+    parser.add_argument("--data-dir", help="CIFAR-10 as train/<class>/*, test/<class>/*; None: start nothing")
     parser.add_argument("--out", type=Path, default=Path("runs/table"), help="run directories")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
@@ -171,11 +208,14 @@ def main() -> None:
         for seed in range(mine.seeds):
             prepare(ROOT / mine.out, seed)
         with ThreadPoolExecutor(mine.jobs) as pool:
-            order = sorted(TABLES[mine.table], key=lambda row: "DARTS-SEED" in ROWS[row])  # which needs another's
-            wait = [pool.submit(run, row, seed, mine) for row in order for seed in range(mine.seeds)]
-            for future in wait:
-                future.result()
+            # The genotype that "random policy" is given must be there first.
+            order = sorted(TABLES[mine.table], key=lambda row: "DARTS-SEED" in ROWS[row])
+            runs = [(row, seed) for row in order for seed in range(mine.seeds)]
+            for done in [pool.submit(run, row, seed, mine) for row, seed in runs]:
+                done.result()
     print(table(mine.table))
+    if mine.table == "ablation" or mine.table in SENSITIVITY:
+        draw(mine.table)
 
 
 if __name__ == "__main__":
