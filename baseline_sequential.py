@@ -696,7 +696,7 @@ class Parser(argparse.ArgumentParser):
         add("--preset", choices=["paper", "quick", "imagenet"], default="paper", help="other flags win")
         add("--dataset", choices=common.DATASETS, default="cifar10", help="data set")
         add("--data-dir", default="data", help="where data sets are, or are downloaded to")
-        add("--image-size", type=int, help="scale images to this side; None: as they are")
+        add("--image-size", type=int, help="scale to this side; None: 224 for photographs, else as they are")
         add("--limit-train", type=int, help="use only so many training images")
         add("--limit-test", type=int, help="use only so many test images")
         add("--workers", type=int, default=4, help="threads or processes that read image files")
