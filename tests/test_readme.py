@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import common
-
+import dha
+import joint_darts_faa
 from conftest import SCRIPTS
 
 ROOT = Path(__file__).parent.parent
@@ -104,3 +105,19 @@ def test_table_arithmetic(tmp_path, monkeypatch):
     assert "-1.00 ± 2.48" in second  # differences -1, 0, -2: 4.303 x 1 / sqrt(3)
     shutil.rmtree(tmp_path)
     assert table.table("two").count("| 0 |") == 2  # no result is no error
+
+
+def test_random_genotypes_and_policies_are_valid_and_their_seeds(tmp_path):
+    for seed in (0, 0, 1):
+        table.prepare(tmp_path, seed)
+        texts = [(tmp_path / f"random-{kind}-{seed}.json").read_text() for kind in ("genotype", "policy")]
+        if seed == 0:
+            first = texts
+        joint_darts_faa.load_policy(tmp_path / f"random-policy-{seed}.json")
+        genotype = common.load_genotype(tmp_path / f"random-genotype-{seed}.json")
+        common.Network(genotype, 10, 4, 3)
+        dha.SparseSupernet(4, 10, 3).keep(genotype)
+    assert table.prepare(tmp_path, 0) is None and first == [
+        (tmp_path / f"random-{kind}-0.json").read_text() for kind in ("genotype", "policy")
+    ]
+    assert first[0] != texts[0] and first[1] != texts[1]

@@ -63,7 +63,7 @@ ROWS |= {f"{flag} {x:g}": f"dha.py {DHA} --{flag} {x:g}" for flag, values in SWE
 QUICK = {"policy-lr": "0.01", "eta": "0.05", "z": "uniform"}  # what the rows of the sweeps are read against
 QUICK |= {"beta-lr": "0.0003", "beta-wd": "0.001", "tau-lr": "0.25", "lasso": "1e-05"}
 
-TABLES = {  # the rows; the others' difference is to the first
+TABLES = {
     "joint": [
         "random genotype",
         "random policy",
@@ -74,6 +74,7 @@ TABLES = {  # the rows; the others' difference is to the first
     "dha": ["random genotype, dha.py", "random policy, dha.py", "One-Stage ISTA", "Sequential DHA", "DHA"],
     "ablation": ["DHA", "without DA", "without HPO", "without NAS"],
 }
+READ_AGAINST = {"joint": ["random genotype", "DARTS"], "dha": ["random genotype, dha.py", "One-Stage ISTA"]}
 SENSITIVITY = {"sensitivity-joint": ("DARTS + Faster AA jointly", ("policy-lr", "eta", "z"))}
 SENSITIVITY["sensitivity-dha"] = ("DHA", tuple(SWEEPS))
 for name, (middle, flags) in SENSITIVITY.items():
@@ -142,23 +143,27 @@ def interval(differences: list[float]) -> tuple[float, float]:
 
 
 def table(name: str) -> str:
-    """A table as Markdown. The difference to the first row is taken seed by seed; with its 95 % t-interval."""
-    rows = TABLES[name]
-    first = kept_results(rows[0])
-    lines = ["| | seeds | accuracy (%) | difference to the first row (95 %) | parameters | minutes (search) |"]
-    lines.append("|" + " --- |" * 6)
-    for row in rows:
+    """A table as Markdown. Differences are taken seed by seed, and are given with their 95 % t-interval."""
+    references = READ_AGAINST.get(name, TABLES[name][:1])
+    head = ["", "seeds", "accuracy (%)", *(f"minus {row}" for row in references), "parameters", "min (search)"]
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    for row in TABLES[name]:
         runs = kept_results(row)
-        accuracy = [r["test_accuracy"] for r in runs.values()]
-        if len(accuracy) < 2:
-            lines.append(f"| {row} | {len(accuracy)} | {' '.join(f'{x:.2f}' for x in accuracy)} | | | |")
-            continue
-        both = [runs[seed]["test_accuracy"] - first[seed]["test_accuracy"] for seed in runs if seed in first]
-        against = "{:+.2f} ± {:.2f}".format(*interval(both)) if row != rows[0] else ""
-        total, search = (mean(r[key] / 60 for r in runs.values()) for key in ("seconds", "search_seconds"))
-        size = f"{mean(r['params'] for r in runs.values()) / 1000:.1f} k"
-        score = f"{mean(accuracy):.2f} ± {stdev(accuracy):.2f}"
-        lines.append(f"| {row} | {len(runs)} | {score} | {against} | {size} | {total:.1f} ({search:.1f}) |")
+        accuracy = {seed: result["test_accuracy"] for seed, result in runs.items()}
+        cells = [row, str(len(runs))]
+        if len(runs) > 1:
+            cells.append(f"{mean(accuracy.values()):.2f} ± {stdev(accuracy.values()):.2f}")
+            for reference in references:
+                other = kept_results(reference)
+                both = [accuracy[seed] - other[seed]["test_accuracy"] for seed in runs if seed in other]
+                some = row != reference and len(both) > 1
+                cells.append("{:+.2f} ± {:.2f}".format(*interval(both)) if some else "")
+            cells.append(f"{mean(result['params'] for result in runs.values()) / 1000:.1f} k")
+            total, search = (mean(r[key] / 60 for r in runs.values()) for key in ("seconds", "search_seconds"))
+            cells.append(f"{total:.1f} ({search:.1f})")
+        else:
+            cells += [" ".join(f"{x:.2f}" for x in accuracy.values())] + [""] * (len(head) - 3)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
