@@ -763,7 +763,7 @@ def search_and_train(s: DHA, args: argparse.Namespace, data: Data, run: argparse
 def evaluate(net: nn.Module, images: Tensor | Photos, labels: Tensor, mean: Tensor, std: Tensor,
              rank: int = 0, world: int = 1) -> float:
     """Accuracy in % on a data set's images, shared by the processes; leaves the network's mode as it was."""
-    training, order = net.training, torch.arange(rank, len(labels), world, device=labels.device)
+    training, order = net.training, torch.arange(len(labels), device=labels.device)[rank::world]
     if world > 1:
         for buffer in net.buffers():  # the running statistics of batch norm are rank 0's
             dist.broadcast(buffer, 0)
