@@ -119,7 +119,7 @@ def run(row: str, seed: int, mine: argparse.Namespace) -> None:
     accuracy, count = re.search(r"test accuracy: ([\d.]+) % of (\d+) images", said).groups()
     result = json.loads((ROOT / out / "result.json").read_text())
     last = json.loads((ROOT / out / "metrics.jsonl").read_text().splitlines()[-1])
-    about = json.loads(next((ROOT / out).rglob("config.json")).read_text())
+    about = json.loads((ROOT / out / "config.json").read_text())
     result |= {"test_accuracy": float(accuracy), "test_images": int(count), "command": f"python {command}"}
     result |= {"last_epoch": {k: v for k, v in last.items() if k != "support"}}
     kept.write_text(json.dumps(result | {name: about[name] for name in ("torch", "device")}, indent=1) + "\n")
@@ -145,12 +145,12 @@ def interval(differences: list[float]) -> tuple[float, float]:
 def table(name: str) -> str:
     """A table as Markdown. Differences are taken seed by seed, and are given with their 95 % t-interval."""
     references = READ_AGAINST.get(name, TABLES[name][:1])
-    head = ["", "seeds", "accuracy (%)", *(f"minus {row}" for row in references), "parameters", "min (search)"]
+    head = ["", "seeds", "accuracy (%)", *(f"minus {row.split(',')[0]}" for row in references), "parameters", "min (search)"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for row in TABLES[name]:
         runs = kept_results(row)
         accuracy = {seed: result["test_accuracy"] for seed, result in runs.items()}
-        cells = [row, str(len(runs))]
+        cells = [row.removesuffix(", dha.py"), str(len(runs))]
         if len(runs) > 1:
             cells.append(f"{mean(accuracy.values()):.2f} ± {stdev(accuracy.values()):.2f}")
             for reference in references:
