@@ -4,6 +4,7 @@
     python tests/benchmarks/step_costs.py dha         # C=36 L=20 batch 96
     python tests/benchmarks/step_costs.py faa         # WRN-40-2, batch 128, half of it augmented
     python tests/benchmarks/step_costs.py train       # DARTS_V2 at C=36 L=20 batch 96, as joint trains it
+    python tests/benchmarks/step_costs.py imagenet    # dha --preset imagenet, batch 128; or mobilenet
 
 One step warms up, the next is timed, the one after it profiled. Prints seconds, peak memory above the idle
 process, and the operators that took most of the profiled step. On a GPU: --gpu 0.
@@ -39,6 +40,13 @@ def steps_of(name: str, device: torch.device) -> tuple:
         args = dha.parse_args([])
         s = dha.start(args, data, device)
         return lambda: dha.train_step(s, x[:96], y[:96], args), 720 * 520
+    if name in ("imagenet", "mobilenet"):
+        args = dha.parse_args(["--preset", "imagenet", *(["--space", name] if name == "mobilenet" else [])])
+        x, y = torch.randint(256, (128, 3, 224, 224), dtype=torch.uint8), torch.randint(1000, (128,))
+        data = common.Data(x, y, x[:2], y[:2], list(map(str, range(1000)))).to(device)
+        s = dha.start(args, data, device)
+        steps = (args.search_epochs + args.train_epochs) * 10_009
+        return lambda: dha.train_step(s, data.train_images, data.train_labels, args), steps
     if name == "faa":
         args = baseline.parse_args(["--method", "faa-darts"])
         s = baseline.PolicySearch(args, data, device)
@@ -69,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("script", choices=["joint", "dha", "faa", "train"])
+    parser.add_argument("script", choices="joint dha faa train imagenet mobilenet".split())
     parser.add_argument("--gpu", type=int, default=-1)
     parser.add_argument("--rows", type=int, default=12)
     mine = parser.parse_args()
