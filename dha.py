@@ -210,7 +210,7 @@ def policy_loss(tau: Tensor, pairs: Tensor, losses: Tensor) -> Tensor:
 
 # -------- Architecture (Eq. 4): b is learned, alpha is recovered from it, its support is the architecture ---
 # Compressed sensing: a node's alpha, up to 35 numbers of which 2 matter, is coded as b = A alpha, 7 numbers;
-# A is random and fixed. ista decodes: the sparsest alpha, nearly, whose code is b.
+# A is random and fixed. ista decodes: of the alphas whose code is b, nearly, that of least norm |alpha|_1.
 
 def soft_threshold(x: Tensor, threshold: Tensor) -> Tensor:
     """The shrinkage operator of Eq. (4)."""

@@ -108,16 +108,27 @@ def test_table_arithmetic(tmp_path, monkeypatch):
 
 
 def test_random_genotypes_and_policies_are_valid_and_their_seeds(tmp_path):
+    texts = []
     for seed in (0, 0, 1):
         table.prepare(tmp_path, seed)
-        texts = [(tmp_path / f"random-{kind}-{seed}.json").read_text() for kind in ("genotype", "policy")]
-        if seed == 0:
-            first = texts
+        files = [tmp_path / f"random-{kind}-{seed}.json" for kind in ("genotype", "policy")]
+        texts.append([file.read_text() for file in files])
         joint_darts_faa.load_policy(tmp_path / f"random-policy-{seed}.json")
         genotype = common.load_genotype(tmp_path / f"random-genotype-{seed}.json")
         common.Network(genotype, 10, 4, 3)
         dha.SparseSupernet(4, 10, 3).keep(genotype)
-    assert table.prepare(tmp_path, 0) is None and first == [
-        (tmp_path / f"random-{kind}-0.json").read_text() for kind in ("genotype", "policy")
-    ]
-    assert first[0] != texts[0] and first[1] != texts[1]
+    first, again, other = texts
+    assert first == again and first[0] != other[0] and first[1] != other[1]
+
+
+@pytest.mark.parametrize("name", ["ablation", "sensitivity-joint", "sensitivity-dha"])
+def test_figures_are_drawn_where_results_are_missing_too(name, tmp_path, monkeypatch):
+    (tmp_path / ".github").mkdir()
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    table.draw(name)
+    assert (tmp_path / ".github" / f"{name}.png").stat().st_size > 5000
+
+
+def test_sweeps_differ_from_what_they_are_read_against():
+    for flag, values in table.SWEEPS.items():
+        assert values[0] < float(table.quick_value(flag)) < values[1]

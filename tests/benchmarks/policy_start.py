@@ -6,12 +6,12 @@
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import joint_darts_faa as joint
+from known_answer_joint import EvenStart
 
 
 def main() -> int:
@@ -20,13 +20,7 @@ def main() -> int:
     parser.add_argument("--even", action="store_true")
     mine, flags = parser.parse_known_args()
 
-    class Start(joint.Policy):
-        def __init__(self, sub_policies: int = 10, stages: int = 2, eta: float = mine.eta):
-            super().__init__(sub_policies, stages, eta)
-            if mine.even:
-                torch.nn.init.zeros_(self.z)
-
-    joint.Policy = Start
+    joint.Policy = partial(EvenStart if mine.even else joint.Policy, eta=mine.eta)
     return joint.main(flags)
 
 

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "tests" / "results"
 sys.path.insert(0, str(ROOT))
 import common
+import dha
 import joint_darts_faa
 
 DATA = "--preset quick --dataset folder --image-size 32 --limit-train 2000 --limit-test 500"
@@ -60,8 +61,6 @@ ROWS = {  # SEED and OUT are filled in
 }
 SWEEPS = {"beta-lr": (3e-5, 3e-3), "beta-wd": (1e-4, 1e-2), "tau-lr": (0.025, 2.5), "lasso": (1e-6, 1e-4)}
 ROWS |= {f"{flag} {x:g}": f"dha.py {DHA} --{flag} {x:g}" for flag, values in SWEEPS.items() for x in values}
-QUICK = {"policy-lr": "0.01", "eta": "0.05", "z": "uniform"}  # what the rows of the sweeps are read against
-QUICK |= {"beta-lr": "0.0003", "beta-wd": "0.001", "tau-lr": "0.25", "lasso": "1e-05"}
 
 TABLES = {
     "joint": [
@@ -145,7 +144,8 @@ def interval(differences: list[float]) -> tuple[float, float]:
 def table(name: str) -> str:
     """A table as Markdown. Differences are taken seed by seed, and are given with their 95 % t-interval."""
     references = READ_AGAINST.get(name, TABLES[name][:1])
-    head = ["", "seeds", "accuracy (%)", *(f"minus {row.split(',')[0]}" for row in references), "parameters", "min (search)"]
+    differences = [f"minus {row.removesuffix(', dha.py')}" for row in references]
+    head = ["", "seeds", "accuracy (%)", *differences, "parameters", "min (search)"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for row in TABLES[name]:
         runs = kept_results(row)
@@ -167,6 +167,13 @@ def table(name: str) -> str:
     return "\n".join(lines)
 
 
+def quick_value(flag: str) -> str:
+    """What the runs have that a sweep of the flag is read against."""
+    start = {"eta": joint_darts_faa.Policy(1, 1).eta, "z": "uniform"}
+    settings = [vars(script.parse_args(["--preset", "quick"])) for script in (joint_darts_faa, dha)]
+    return str((settings[0] | settings[1] | start)[flag.replace("-", "_")])
+
+
 def draw(name: str) -> None:
     """.github/<name>.png: every seed's accuracy a dot, the mean a line; sensitivity: a panel a setting."""
     import matplotlib.pyplot as plt
@@ -175,20 +182,18 @@ def draw(name: str) -> None:
     if name == "ablation":
         panels = {"ablation of DHA": {row: row for row in TABLES[name]}}
     else:
-        middle, flags = SENSITIVITY[name]
-        panels = {}
+        (common_row, flags), panels = SENSITIVITY[name], {}
         for flag in flags:
             rows = {row.split()[1]: row for row in TABLES[name] if row.split()[0] == flag}
-            rows[QUICK[flag] + "\n(quick)"] = middle
-            number = lambda label: float(label.split()[0]) if flag != "z" else len(label)
-            panels[flag] = {label: rows[label] for label in sorted(rows, key=number)}
+            panels[flag] = {f"{quick_value(flag)}\n(quick)": common_row} | rows
     size = {"figsize": (max(3 * len(panels), 6), 3.4), "layout": "constrained"}
     figure, axes = plt.subplots(1, len(panels), sharey=True, squeeze=False, **size)
     for axis, (title, rows) in zip(axes[0], panels.items()):
         for x, row in enumerate(rows.values()):
             accuracy = [result["test_accuracy"] for result in kept_results(row).values()]
             axis.plot([x] * len(accuracy), accuracy, "o", color="#0072B2", alpha=0.6)
-            axis.hlines(mean(accuracy), x - 0.25, x + 0.25, color="#D55E00")
+            if accuracy:
+                axis.hlines(mean(accuracy), x - 0.25, x + 0.25, color="#D55E00")
         axis.set_xticks(range(len(rows)), rows)
         axis.set(title=title, xlim=(-0.5, len(rows) - 0.5))
     axes[0, 0].set_ylabel("test accuracy (%)")
@@ -212,12 +217,15 @@ def main() -> None:
         RESULTS.mkdir(exist_ok=True)
         for seed in range(mine.seeds):
             prepare(ROOT / mine.out, seed)
-        with ThreadPoolExecutor(mine.jobs) as pool:
-            # The genotype that "random policy" is given must be there first.
-            order = sorted(TABLES[mine.table], key=lambda row: "DARTS-SEED" in ROWS[row])
-            runs = [(row, seed) for row in order for seed in range(mine.seeds)]
+        # The genotype that "random policy" is given must be there first.
+        order = sorted(TABLES[mine.table], key=lambda row: "DARTS-SEED" in ROWS[row])
+        runs = [(row, seed) for row in order for seed in range(mine.seeds)]
+        pool = ThreadPoolExecutor(mine.jobs)
+        try:
             for done in [pool.submit(run, row, seed, mine) for row, seed in runs]:
                 done.result()
+        finally:  # a run that fails, or Ctrl-C, starts no other
+            pool.shutdown(cancel_futures=True)
     print(table(mine.table))
     if mine.table == "ablation" or mine.table in SENSITIVITY:
         draw(mine.table)
