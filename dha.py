@@ -1003,7 +1003,7 @@ def draw_dha(out: Path, history: list[dict], net: SparseSupernet, p: Tensor | No
         figure.colorbar(image, ticks=range(7)).ax.set_yticklabels(net.ops)
         axis.set_yticks([kept * (k + 0.5) for k in range(len(net.frozen))], range(len(net.frozen)))
         axis.locator_params(axis="x", integer=True)
-        axis.set(xlabel="epoch", ylim=(y + 1, 0), title="Support (number: state read; of cells 0-3: normal)")
+        axis.set(xlabel="epoch", ylim=(y + 1, 0), ylabel="layer, or node (0-3: normal cell) and state read")
         figure.savefig(out / "support.png", dpi=150)
         plt.close("all")
 
