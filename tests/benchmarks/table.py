@@ -183,9 +183,11 @@ def draw(name: str) -> None:
         panels = {"ablation of DHA": {row: row for row in TABLES[name]}}
     else:
         (common_row, flags), panels = SENSITIVITY[name], {}
+        number = lambda label: float(label.split()[0]) if label[0].isdigit() else 0.0
         for flag in flags:
             rows = {row.split()[1]: row for row in TABLES[name] if row.split()[0] == flag}
-            panels[flag] = {f"{quick_value(flag)}\n(quick)": common_row} | rows
+            rows[f"{quick_value(flag)}\n(quick)"] = common_row
+            panels[flag] = dict(sorted(rows.items(), key=lambda row: number(row[0])))
     size = {"figsize": (max(3 * len(panels), 6), 3.4), "layout": "constrained"}
     figure, axes = plt.subplots(1, len(panels), sharey=True, squeeze=False, **size)
     for axis, (title, rows) in zip(axes[0], panels.items()):
