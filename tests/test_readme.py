@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 
@@ -76,6 +77,13 @@ def test_snippets_run_alone(snippet, finished_runs, monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["joint", "dha", "ablation"])
 def test_tables_are_those_of_the_kept_results(name):
     assert table.table(name) in TEXT
+
+
+@pytest.mark.parametrize("row", table.TABLES["sensitivity-dha"][1:])
+def test_sensitivity_is_that_of_the_kept_results(row):
+    accuracy = [result["test_accuracy"] for result in table.kept_results(row).values()]
+    assert len(accuracy) == 3
+    assert f"{row} {mean(accuracy):.1f} ± {stdev(accuracy):.1f}" in TEXT
 
 
 def test_kept_results_are_of_the_tables_own_commands():
