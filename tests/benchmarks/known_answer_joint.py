@@ -1,6 +1,6 @@
 """A question whose answer is known: does the search find contrast operations where images lost contrast?
 
-    python tests/benchmarks/known_answer_joint.py --seeds 3        # minutes a seed and data set on 2 cores
+    python tests/benchmarks/known_answer_joint.py --seeds 3        # 8 minutes a seed and data set on 2 cores
 
 Searches on `shapes` as it is, and on `shapes` whose images have each lost a random part of their contrast
 (blended with their mean gray, 15 to 60 % left). Prints the probability that AutoContrast, Equalize or
