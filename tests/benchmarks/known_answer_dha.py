@@ -1,7 +1,8 @@
-"""Two questions whose answers are known, for dha.py; minutes on 2 cores. Asserts nothing.
+"""Three questions whose answers are known, for dha.py; minutes on 2 cores. Asserts nothing.
 
     python tests/benchmarks/known_answer_dha.py lr         # does Eq. 3 raise a learning rate that is too small?
     python tests/benchmarks/known_answer_dha.py planted    # does Eq. 4 find the operation that has the answer?
+    python tests/benchmarks/known_answer_dha.py alike      # does Eq. 2 leave pairs that lose alike uniform?
 
 lr: three epochs of quick's run on `shapes`, without DA, at a twentieth of its learning rate, with Eq. 3 and
 without. Prints lr after every epoch and the test accuracy.
@@ -10,6 +11,9 @@ planted: images are noise, and one candidate of the third node of normal cells, 
 replaced by one that shows the label: nothing else can lower the loss. Prints in how many seeds the support
 has it at the start and after each epoch; of a node's 28 candidates chance would have it in 1 of 14 supports.
 With --given the node's b starts with its code, so that the support has it: is it kept?
+
+alike: Eq. 2 alone, no network; every image has the same loss, whatever its pair. Prints the step at which one
+pair has half of p(tau). tau's step and the batch are the preset's (--preset paper, --tau-lr, --batch-size).
 """
 
 import argparse
@@ -86,22 +90,44 @@ def planted(seed: int, epochs: int, steps: int, given: bool, flags: list[str]) -
     return found
 
 
+def alike(seed: int, loss: float, steps: int, flags: list[str]) -> int | None:
+    """The step at which one of the pairs, none of which is better, has half of p(tau)."""
+    args = dha.parse_args(["--preset", "quick", *flags])
+    torch.manual_seed(seed)
+    count = len(dha.AUGMENTATIONS)
+    tau = torch.zeros(count, count, requires_grad=True)
+    losses = torch.full((args.batch_size,), loss)
+    for step in range(1, steps + 1):
+        gradient = torch.autograd.grad(dha.policy_loss(tau, dha.sample_pairs(tau, len(losses)), losses), tau)
+        tau.data -= args.tau_lr * gradient[0]
+        if tau.detach().flatten().softmax(0).max() > 0.5:
+            return step
+    return None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("question", choices=["lr", "planted"])
-    parser.add_argument("--seeds", type=int, help="lr: 3, planted: 10")
+    parser.add_argument("question", choices=["lr", "planted", "alike"])
+    parser.add_argument("--seeds", type=int, help="lr, alike: 3, planted: 10")
     parser.add_argument("--epochs", type=int, default=3, help="planted: recoveries")
-    parser.add_argument("--steps", type=int, default=94, help="planted: steps between them, as quick has")
+    parser.add_argument("--steps", type=int, help="planted: between them (94); alike: at most (25,000)")
+    parser.add_argument("--loss", type=float, default=1.9, help="alike: of every image")
     parser.add_argument("--given", action="store_true", help="planted: start with it in the support")
     mine, flags = parser.parse_known_args()
     if mine.question == "lr":
         for seed in range(mine.seeds or 3):
             small_lr(seed, flags)
         return
+    if mine.question == "alike":
+        for seed in range(mine.seeds or 3):
+            step = alike(seed, mine.loss, mine.steps or 25_000, flags)
+            when = f"after {step:,} steps" if step else "never"
+            print(f"seed {seed}: one pair has half of p(tau) {when}", flush=True)
+        return
     seeds = mine.seeds or 10
-    found = [planted(seed, mine.epochs, mine.steps, mine.given, flags) for seed in range(seeds)]
+    found = [planted(seed, mine.epochs, mine.steps or 94, mine.given, flags) for seed in range(seeds)]
     for seed, row in enumerate(found):
         print(f"seed {seed}:", " ".join("yes" if yes else "no" for yes in row))
     print(f"start and epochs, of {seeds}:", [sum(column) for column in zip(*found)])

@@ -1,6 +1,6 @@
 """Both papers' Table 1 in small, DHA's ablation, and what the results depend on: runs of the three scripts.
 
-    python tests/benchmarks/table.py joint --data-dir cifar10_jpeg    # joint, dha, ablation, sensitivity
+    python tests/benchmarks/table.py joint --data-dir cifar10_jpeg    # joint, dha, longer, ablation, ...
     python tests/benchmarks/table.py joint                            # print it from tests/results alone
 
 Starts every run that tests/results/ does not hold, goes on with those that were stopped, keeps there the
@@ -55,6 +55,8 @@ ROWS = {  # SEED and OUT are filled in
     "One-Stage ISTA": f"dha.py {DHA} --no-da --no-hpo",
     "Sequential DHA": f"baseline_sequential.py --method dha {FIXED} --search-epochs 7",
     "DHA": f"dha.py {DHA}",
+    "One-Stage ISTA, 60 epochs": f"dha.py {DATA} --search-epochs 7 --train-epochs 53 --no-da --no-hpo",
+    "DHA, 60 epochs": f"dha.py {DATA} --search-epochs 7 --train-epochs 53",
     "without DA": f"dha.py {DHA} --no-da",
     "without HPO": f"dha.py {DHA} --no-hpo",
     "without NAS": f"dha.py {FIXED} {RANDOM}",
@@ -71,6 +73,7 @@ TABLES = {
         "DARTS + Faster AA jointly",
     ],
     "dha": ["random genotype, dha.py", "random policy, dha.py", "One-Stage ISTA", "Sequential DHA", "DHA"],
+    "longer": ["One-Stage ISTA, 60 epochs", "DHA, 60 epochs"],
     "ablation": ["DHA", "without DA", "without HPO", "without NAS"],
 }
 READ_AGAINST = {"joint": ["random genotype", "DARTS"], "dha": ["random genotype, dha.py", "One-Stage ISTA"]}
