@@ -79,14 +79,32 @@ def test_tables_are_those_of_the_kept_results(name):
     assert table.table(name) in TEXT
 
 
-ROWS_IN_TEXT = [*table.TABLES["sensitivity-dha"][1:], *table.TABLES["sensitivity-joint"][1:]]
+SWEPT = [row for name in table.SENSITIVITY for row in table.TABLES[name][1:]]
 
 
-@pytest.mark.parametrize("row", ROWS_IN_TEXT + table.TABLES["longer"])
+@pytest.mark.parametrize("row", SWEPT + table.TABLES["longer"])
 def test_means_in_the_text_are_those_of_the_kept_results(row):
     accuracy = [result["test_accuracy"] for result in table.kept_results(row).values()]
     assert len(accuracy) == 3
     assert f"{row} {mean(accuracy):.1f} ± {stdev(accuracy):.1f}" in TEXT
+
+
+def test_longer_runs_do_what_the_text_says():
+    """DHA's accuracy after 36 epochs, and the epochs between which p(tau) loses all pairs but one."""
+    text = (table.RESULTS / "dha_60_epochs.txt").read_text()
+    rows = [tuple(map(float, line.split())) for line in text.splitlines()[3:]]
+    at_36, uniform, one_pair = [], [], []
+    for seed, result in table.kept_results("DHA, 60 epochs").items():
+        epochs = [row[1:] for row in rows if row[0] == seed]  # epoch, entropy, lr, train, test
+        assert [row[0] for row in epochs] == list(range(1, 61))
+        last = [result["last_epoch"][name] for name in ("entropy", "lr", "train_accuracy", "test_accuracy")]
+        assert epochs[-1][1:] == pytest.approx(last, abs=0.051)
+        at_36.append(epochs[35][4])
+        uniform.append(max(row[0] for row in epochs if row[1] > 5))
+        one_pair.append(min(row[0] for row in epochs if row[1] < 0.1))
+    assert f"after 36 epochs DHA has {min(at_36):.0f} to {max(at_36):.0f} %" in TEXT
+    assert f"between epochs {min(uniform):.0f} and {max(one_pair):.0f} p(tau)" in TEXT
+    assert max(b - a for a, b in zip(uniform, one_pair)) <= 2 and "within two epochs" in TEXT
 
 
 def test_kept_results_are_of_the_tables_own_commands():

@@ -1,6 +1,6 @@
 """Both papers' Table 1 in small, DHA's ablation, and what the results depend on: runs of the three scripts.
 
-    python tests/benchmarks/table.py joint --data-dir cifar10_jpeg    # joint, dha, longer, ablation, ...
+    python tests/benchmarks/table.py joint --data-dir cifar10_jpeg    # or another of TABLES
     python tests/benchmarks/table.py joint                            # print it from tests/results alone
 
 Starts every run that tests/results/ does not hold, goes on with those that were stopped, keeps there the
