@@ -1,38 +1,43 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.4", "torchvision", "numpy", "pillow", "matplotlib", "tqdm", "scipy"]
+# dependencies = ["torch>=2.4", "torchvision>=0.19", "numpy", "pillow", "tqdm", "matplotlib", "scipy"]
 # ///
-"""DHA: data augmentation policy, hyper-parameters and architecture, searched and trained in one stage.
+"""DHA: learn weights, augmentation policy, learning rate, weight decay and architecture of a network in one run.
 
-Paper: Zhou et al., "DHA: End-to-End Joint Optimization of Data Augmentation Policy, Hyper-parameter and
-Architecture" (arXiv 2109.05765); equation numbers are that paper's. The architecture part is one-stage
-ISTA-NAS (Yang et al., NeurIPS 2020). One network at its final size, one loss, no validation split, and
-nothing is retrained: what the search leaves is a trained network.
+    python dha.py --preset quick                               # 2 minutes on a laptop, nothing to download
+    python dha.py --dataset cifar10 --gpu 0                    # the paper's size
+    torchrun --nproc-per-node 4 dha.py --dataset cifar10       # one process per GPU
+    python dha.py --resume --out runs/dha-cifar10-seed0        # go on where it stopped
 
-    python dha.py --dataset shapes --preset quick               # minutes on a laptop, nothing to download
-    python dha.py --dataset cifar10 --gpu 0                     # full size, 120 + 600 epochs
-    torchrun --nproc-per-node 4 dha.py --dataset cifar10        # a process a GPU, --batch-size is the sum
-    python dha.py --resume --out runs/dha-cifar10-seed0         # go on after a stop
-    python dha.py --evaluate runs/dha-cifar10-seed0             # test accuracy of a finished run
-    python dha.py --space mobilenet --dataset cifar10           # ProxylessNAS' layers for DARTS' cells
-    python dha.py --preset imagenet --data-dir /data/imagenet   # photographs, 224 pixels
-    python dha.py --genotype DARTS_V2 ...                       # a known architecture with learned DA and HPO
-    python dha.py --no-da --no-hpo ...                          # the paper's "One-Stage ISTA"
+Paper: Zhou et al., "DHA: End-to-End Joint Optimization of Data Augmentation Policy, Hyper-parameter and Architecture",
+TMLR 2022, https://arxiv.org/abs/2109.05765; equation numbers are the paper's. Its architecture part is the one-stage search
+of ISTA-NAS (Yang et al., NeurIPS 2020). One network at its final size, one loss, no validation split, and nothing is
+retrained: what the search leaves is a trained network.
+
+    theta    weights              tau     14 x 14 logits: which pair of image operations to apply
+    lr, wd   learned, too         alpha   strength of each candidate operation of the network
+    b        short code of alpha (b = A alpha, A random and fixed); b is what Adam trains
+
+The support is the two strongest candidates of each node; only they run. One iteration:
+
+    1. draw a pair of image operations for every image from softmax(tau) and apply it
+    2. compute the loss of every image, and the gradients
+    3. move lr and wd: would the last step of the weights have been better with others?      Eq. (3)
+    4. move tau towards pairs with a large loss                                             Eq. (2)
+    5. move b and theta to lower the mean loss
+
+After each epoch of search ISTA decodes alpha from b (Eq. 4), which may change the support. A node whose alpha hardly moves
+is frozen. When all are, the other candidates are deleted and training goes on with the same weights.
 """
-
-from __future__ import annotations
 
 import argparse
 import fcntl
 import json
 import math
 import os
-import shlex
-import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,491 +49,624 @@ from torch import Tensor
 from tqdm import tqdm
 
 import common
-from common import PRIMITIVES, Data, FactorizedReduce, Genotype, InputError, Photos
+from common import FactorizedReduce, Genotype, InputError
 
-# -------- Augmentations: batched, differentiable, one magnitude an image ------------------------------------
-# DHA takes no gradient through them: what is said of gradients is for joint_darts_faa.py, whose copy this is.
-# images (B, 3, H, W) float in [0, 1]; magnitude (B,) in [0, 1], in [-1, 1] for those in SIGNED. Where an
-# operation has a magnitude, 0 is the identity. The input is never modified; the result lies in [0, 1].
+try:
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+except ImportError:
+    Figure = None  # no figures
 
-def per_image(values: Tensor) -> Tensor:
-    """(B,) to (B, 1, 1, 1)."""
-    return values.view(-1, 1, 1, 1)
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings. [P]: the paper says so. [A]: its authors' code, or the named code. [C]: our choice, because neither says.
+# ---------------------------------------------------------------------------------------------------------------------
 
-def straight_through(value: Tensor, source: Tensor) -> Tensor:
-    """`value` forwards; the gradient skips it and goes to `source` unchanged (straight-through estimator)."""
-    return value.detach() + (source - source.detach())
+LR_RANGE = (1e-4, 0.1)  # where Eq. (3) may move lr [C]
+WD_RANGE = (0.0, 1e-2)  # and wd [C]
+MAX_LR_CHANGE = 0.1  # in one step, relative [C]
+MAX_WD_CHANGE = 1e-5  # in one step [C]
+GRAD_CLIP = 5.0  # largest norm of theta's gradient [A: DARTS]
+LASSO = 1e-5  # lambda of Eq. (4) [A: ISTA-NAS]
+FREEZE_DISTANCE = 1e-3  # a node whose alpha moved no further is frozen [A: ISTA-NAS]
 
-def warp(images: Tensor, row_x: tuple, row_y: tuple) -> Tensor:
-    """Each image through its own affine map: pixel (x, y) shows the input at (a x + b y + c, d x + e y + f).
-    row_x = (a, b, c), row_y = (d, e, f): numbers or (B,), in pixels from the top left corner, as PIL's
-    Image.transform. Bilinear; outside is 0."""
-    B, _, H, W = images.shape
-    x = torch.arange(W, device=images.device, dtype=images.dtype) + 0.5
-    y = torch.arange(H, device=images.device, dtype=images.dtype).view(H, 1) + 0.5
-    source = []
-    for row, side in ((row_x, W), (row_y, H)):
-        a, b, c = (v.view(-1, 1, 1) if isinstance(v, Tensor) else v for v in row)
-        source.append(((a * x + (b * y + c)) * (2 / side) - 1).expand(B, H, W))
-    out = F.grid_sample(images, torch.stack(source, -1), padding_mode="zeros", align_corners=False)
-    with torch.no_grad():  # only rounding leaves [0, 1]
-        return out.clamp_(0, 1)
+PRESETS = {
+    "paper": {},  # the defaults of the flags: CIFAR-10
+    "quick": dict(
+        dataset="shapes", search_epochs=3, train_epochs=4, batch_size=64, channels=8, layers=3, lr=0.05, beta_lr=3e-4,
+        beta_wd=1e-3, tau_lr=0.25, arch_lr=3e-3, b_scale=0.1, drop_path=0.0, auxiliary_weight=0.0, cutout=0,
+    ),
+    "imagenet": dict(
+        dataset="imagenet", train_epochs=250, batch_size=128, channels=48, layers=14, lr=0.1, weight_decay=3e-5,
+        warmup_epochs=5, label_smoothing=0.1, drop_path=0.0, cutout=0,
+    ),
+}  # fmt: skip
+MOBILENET = dict(channels=32, layers=21, auxiliary_weight=0.0, drop_path=0.0)  # --space mobilenet: ProxylessNAS' size
+MOBILENET_QUICK = dict(channels=8, layers=11, search_epochs=2, train_epochs=6, beta_lr=1e-4, b_scale=0.5)
 
-def shear_x(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Shear by up to 0.3 pixels a row; the top edge stays."""
-    return warp(images, (1.0, 0.3 * magnitude, 0.0), (0.0, 1.0, 0.0))
 
-def shear_y(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Shear by up to 0.3 pixels a column; the left edge stays."""
-    return warp(images, (1.0, 0.0, 0.0), (0.3 * magnitude, 1.0, 0.0))
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    summary = __doc__.split("\n")[0] + " [P] paper, [A] public code, [C] our choice."
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags]", description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
 
-def translate_x(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Move right by up to 0.45 of the width."""
-    return warp(images, (1.0, 0.0, -0.45 * images.shape[3] * magnitude), (0.0, 1.0, 0.0))
+    add = parser.add_argument_group("what to run, on what").add_argument
+    add("--preset", choices=["paper", "quick", "imagenet"], default="paper", help="other flags win")
+    add("--dataset", choices=common.DATASETS, default="cifar10", help="data set")
+    add("--data-dir", type=os.path.expanduser, default="data", help="where data sets are, or are downloaded to")
+    add("--image-size", type=at_least(8), help="scale to this side; None: 224 for photographs, else as they are")
+    add("--limit-train", type=at_least(2), help="use only so many training images")
+    add("--limit-test", type=at_least(1), help="use only so many test images")
+    add("--workers", type=at_least(0), default=4, help="processes that read photographs")
+    add("--seed", type=at_least(0, 2**31), default=0, help="seed of everything random")
+    add("--gpu", type=at_least(-1), default=0 if torch.cuda.is_available() else -1, help="GPU number; -1 is the CPU")
+    add("--amp", action="store_true", help="bfloat16 autocast (GPU only)")
+    add("--out", type=os.path.expanduser, help="run directory; None is runs/<script>-<dataset>-seed<seed>")
+    add("--resume", action="store_true", help="go on with the run in --out, if there is one")
+    add("--evaluate", type=os.path.expanduser, metavar="DIR", help="print the test accuracy of a finished run, and stop")
+    add("--check", action="store_true", help="check flags and data, and stop")
 
-def translate_y(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Move down by up to 0.45 of the height."""
-    return warp(images, (1.0, 0.0, 0.0), (0.0, 1.0, -0.45 * images.shape[2] * magnitude))
+    add = parser.add_argument_group("network and training").add_argument
+    add("--search-epochs", type=at_least(1), default=120, help="maximum length of the search [A: ISTA-NAS]")
+    add("--train-epochs", type=at_least(0), default=600, help="epochs after the search, same weights [P]")
+    add("--batch-size", type=at_least(2), default=96, help="images per step, over all processes [P]")
+    add("--channels", type=at_least(2), default=36, help="channels of the first cells, even [P]")
+    add("--layers", type=at_least(3), default=20, help="cells; reductions at 1/3 and 2/3 [P]")
+    add("--lr", type=at_least(0.0), default=0.025, help="learning rate of theta at the start [A: DARTS]")
+    add("--weight-decay", type=at_least(0.0), default=3e-4, help="weight decay at the start [A: DARTS]")
+    add("--auxiliary-weight", type=at_least(0.0), default=0.4, help="weight of the auxiliary head's loss [A: DARTS]")
+    add("--label-smoothing", type=at_least(0.0, 1.0), default=0.0, help="share of a label that all classes get alike")
+    add("--warmup-epochs", type=at_least(0), default=0, help="epochs in which lr rises to --lr, linearly")
+    add("--drop-path", type=at_least(0.0, 1.0), default=0.2, help="probability at the end of training [A: DARTS]")
+    add("--cutout", type=at_least(0), default=16, help="side of the square, in pixels [A: DARTS]")
 
-def rotate(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Turn counter-clockwise around the centre by up to 30 degrees."""
-    H, W = images.shape[2:]
-    cos, sin = (magnitude * math.pi / 6).cos(), (magnitude * math.pi / 6).sin()
-    dx, dy = (1 - cos) * W / 2 + sin * H / 2, (1 - cos) * H / 2 - sin * W / 2
-    return warp(images, (cos, -sin, dx), (sin, cos, dy))
+    add = parser.add_argument_group("policy (Eq. 2), hyper-parameters (Eq. 3), architecture (Eqs. 1 and 4)").add_argument
+    add("--no-da", action="store_true", help="no policy: crop, flip and cutout only")
+    add("--tau-lr", type=at_least(0.0), default=5e-4, help="step size of tau [C]")
+    add("--no-hpo", action="store_true", help="wd stays, lr falls by a cosine once the search is over [A: ISTA-NAS]")
+    add("--beta-lr", type=at_least(0.0), default=1e-5, help="beta of Eq. (3), for lr [C]")
+    add("--beta-wd", type=at_least(0.0), default=1e-5, help="beta of Eq. (3), for wd [C]")
+    add("--genotype", type=os.path.expanduser, help=f"no search: {', '.join(common.GENOTYPES)}, or a file")
+    add("--arch-lr", type=at_least(0.0), default=3e-4, help="Adam's learning rate for b [A: ISTA-NAS]")
+    add("--b-scale", type=at_least(0.0), default=1e-3, help="standard deviation of b at the start [A: ISTA-NAS]")
+    add("--space", choices=["cells", "mobilenet"], default="cells", help="DARTS' cells, or ProxylessNAS' layers")
+    add("--max-params", type=at_least(1), help="Eq. (1): reject supports whose network has more parameters")
+    add("--max-flops", type=at_least(1), help="Eq. (1): reject supports with more multiply-adds per image")
 
-def limit(images: Tensor) -> Tensor:
-    """images.clamp(0, 1), which takes a CPU 890 us backwards for 128 images of 32 x 32; this takes 60."""
-    out = F.hardtanh(images, -1e-6, 1 + 1e-6)  # wider, so that pixels that are 0 or 1 keep their gradient
-    with torch.no_grad():
-        return out.clamp_(0, 1)
+    # The preset stands below the flags that are given
+    given = parser.parse_known_args(argv)[0]
+    parser.set_defaults(**PRESETS[given.preset])
+    if given.space == "mobilenet":
+        parser.set_defaults(**MOBILENET)
+        if given.preset == "quick":
+            parser.set_defaults(**MOBILENET_QUICK)
+    args = settings_of_run(parser, argv)
 
-def blend(ground: Tensor, images: Tensor, magnitude: Tensor) -> Tensor:
-    """`images` moved away from `ground` (magnitude > 0) or towards it, by the factor 1 + 0.9 magnitude."""
-    return limit(torch.lerp(ground, images, 1 + 0.9 * per_image(magnitude)))
+    if args.channels % 2:
+        parser.error("--channels must be even: a factorized reduction splits them in two")
+    if args.space == "mobilenet" and (args.layers < 6 or args.layers % 5 != 1 or args.auxiliary_weight):
+        parser.error("--space mobilenet has 6, 11, 16, 21, ... --layers and no auxiliary head")
+    if args.genotype and not args.train_epochs:
+        parser.error("--genotype with --train-epochs 0 leaves nothing to do")
+    if not (args.no_hpo or LR_RANGE[0] <= args.lr <= LR_RANGE[1]):
+        parser.error(f"--lr must lie in {LR_RANGE}, where Eq. (3) moves it, or give --no-hpo")
+    if not (args.no_hpo or WD_RANGE[0] <= args.weight_decay <= WD_RANGE[1]):
+        parser.error(f"--weight-decay must lie in {WD_RANGE}, where Eq. (3) moves it, or give --no-hpo")
+    if args.amp and args.gpu < 0:
+        parser.error("--amp is for a GPU")
+    return args
 
-def gray(images: Tensor) -> Tensor:
-    """Luma, ITU-R 601-2: (B, 1, H, W)."""
-    red, green, blue = images.split(1, dim=1)
-    return 0.299 * red + 0.587 * green + 0.114 * blue
 
-def brightness(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Blend with black."""
-    return limit(images * (1 + 0.9 * per_image(magnitude)))
+def at_least(low: float, below: float = math.inf):
+    """A `type` for argparse: numbers of low's own type, in [low, below)."""
 
-def color(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Blend with the gray image."""
-    return blend(gray(images), images, magnitude)
+    def number(text: str) -> float:
+        value = type(low)(text)
+        if not low <= value < below:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {below})")
+        return value
 
-def contrast(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Blend with the image's mean gray."""
-    return blend(gray(images).mean((2, 3), keepdim=True), images, magnitude)
+    return number
 
-def sharpness(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Blend with the smoothed image (3x3, centre 5/13, others 1/13; the outermost pixels as they are)."""
-    if min(images.shape[2:]) < 3:
-        return images.clone()
-    inside = images[:, :, 1:-1, 1:-1]
-    rows = images[:, :, :-2] + images[:, :, 1:-1] + images[:, :, 2:]
-    smooth = (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * inside) / 13
-    return blend(images + F.pad(smooth - inside, (1, 1, 1, 1)), images, magnitude)
 
-def solarize(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Invert what is at least as bright as 1 - magnitude. Straight-through gradient for the magnitude: -1."""
-    m = per_image(magnitude)  # Faster AutoAugment's rule is +1 for the threshold, which falls as m rises
-    bright = ((images >= 1 - m - 1e-5) & (m > 0)).to(images.dtype)  # 1e-5: rounding, at the threshold itself
-    return bright + (1 - 2 * bright) * images - (m - m.detach())
+# ---------------------------------------------------------------------------------------------------------------------
+# The augmentation policy (section 2.1). tau has a logit for every ordered pair of the 14 operations, which stand at the end.
+# ---------------------------------------------------------------------------------------------------------------------
 
-def posterize(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Keep the highest 8 - round(4 magnitude) of 8 bits. Straight-through gradients: 1, for magnitude -1."""
-    m = per_image(magnitude)  # Faster AutoAugment's rule is +1 for the bits that are kept
-    step = 2 ** (4 * m.detach()).round()
-    kept = ((images.detach() * 255).round() / step).floor() * step / 255
-    return straight_through(torch.where(step > 1, kept, images), images - m)
-
-def auto_contrast(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Stretch every channel to the full range, as PIL at 8 bits. Straight-through gradient for the image."""
-    levels = (images.detach() * 255).round().long().clamp(0, 255).flatten(2)  # (B, 3, H W)
-    low, high = levels.amin(2, keepdim=True).double(), levels.amax(2, keepdim=True).double()
-    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # divides as PIL; 255 / tensor multiplies
-    level = torch.arange(256, device=images.device, dtype=torch.float64)
-    stretched = (level * scale - low * scale).floor().clamp(0, 255)
-    table = torch.where(high > low, stretched, level) / 255  # (B, 3, 256)
-    return straight_through(table.to(images.dtype).gather(2, levels).view(images.shape), images)
-
-def equalize(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Flatten every channel's histogram, as PIL at 8 bits. Straight-through gradient for the image."""
-    levels = (images.detach() * 255).round().long().clamp(0, 255).flatten(2)  # (B, 3, H W)
-    histogram = levels.new_zeros(*levels.shape[:2], 256).scatter_add_(2, levels, torch.ones_like(levels))
-    step = (levels.shape[2] - histogram.gather(2, levels.amax(2, keepdim=True))) // 255  # brightest aside
-    below = histogram.cumsum(2) - histogram
-    flat = ((below + step // 2) // step.clamp(min=1)).clamp(max=255)
-    table = torch.where(step > 0, flat, torch.arange(256, device=images.device)) / 255  # (B, 3, 256)
-    return straight_through(table.to(images.dtype).gather(2, levels).view(images.shape), images)
-
-def identity(images: Tensor, magnitude: Tensor) -> Tensor:
-    """The images, copied."""
-    return images.clone()
-
-AUGMENTATIONS = dict(
-    AutoContrast=auto_contrast, Equalize=equalize, Rotate=rotate, Posterize=posterize, Solarize=solarize,
-    Color=color, Contrast=contrast, Brightness=brightness, Sharpness=sharpness, ShearX=shear_x,
-    ShearY=shear_y, TranslateX=translate_x, TranslateY=translate_y, Identity=identity,
-)
-SIGNED = set("ShearX ShearY TranslateX TranslateY Rotate Color Contrast Brightness Sharpness".split())
-
-def apply_each(images: Tensor, choice: Tensor, magnitude: Tensor) -> Tensor:
-    """Each image through its own operation: choice (B,), an index into AUGMENTATIONS, or -1 for none.
-    magnitude (B,) in [-1, 1]; only those in SIGNED see its sign. Every operation gets the whole batch, 13 ms
-    for 96 images on 2 cores: picking takes 6, but on a GPU it waits for the host to count."""
-    out = images.clone()
-    for n, (name, operation) in enumerate(AUGMENTATIONS.items()):
-        changed = operation(images, magnitude if name in SIGNED else magnitude.abs())
-        out = torch.where(per_image(choice == n), changed, out)
-    return out
-
-# -------- Data augmentation (Eq. 2): tau has a logit for every ordered pair of operations, 14 x 14 ----------
 
 def sample_pairs(tau: Tensor, count: int) -> Tensor:
-    """Draw pairs from p(tau) = softmax over all 196: (count,) with values 14 * first + second."""
-    noise = torch.empty(count, tau.numel(), device=tau.device).exponential_().log()  # minus a Gumbel variable
-    return (tau.detach().flatten() - noise).argmax(1)
+    """Draw pairs of operations from p(tau), the softmax over all 196: (count,), with values 14 * first + second."""
+    p = tau.detach().flatten().softmax(0)
+    return torch.multinomial(p, count, replacement=True)
+
 
 @torch.no_grad()
 def apply_pairs(images: Tensor, pairs: Tensor) -> Tensor:
-    """Each image through its pair of operations, first then second: magnitude U(0, 1) with a random sign."""
+    """T_k(x_k): each image through its pair, first, then second. Every magnitude is U(0, 1), with a random sign [P, A].
+
+    images (B, 3, H, W) in [0, 1], pairs (B,).
+    """
     for choice in (pairs // len(AUGMENTATIONS), pairs % len(AUGMENTATIONS)):
-        images = apply_each(images, choice, 2 * torch.rand(len(images), device=images.device) - 1)
+        magnitude = 2 * torch.rand(len(images), device=images.device) - 1
+        images = apply_each(images, choice, magnitude)
     return images
 
+
 def policy_loss(tau: Tensor, pairs: Tensor, losses: Tensor) -> Tensor:
-    """L^DA (Eq. 2): minus the sum over the batch of p_k(tau) L_k. The gradient goes to tau alone.
-    tau (14, 14), pairs (B,) as drawn, losses (B,) of the same images. Its descent raises pairs whose summed
-    loss exceeds the mean of these sums under p(tau): a pair drawn more often sums more, and gains."""
+    """L^DA of Eq. (2), whose gradient goes to tau alone. tau (14, 14), pairs (B,), losses (B,) of the same images.
+
+    Lowering it raises the probability of the pairs whose losses, summed over the batch, are above the mean of these sums. A
+    pair that is drawn more often sums more, and gains.
+    """
     p = tau.flatten().softmax(0)
     return -(p.gather(0, pairs) * losses.detach()).sum()  # Eq. (2)
 
-# -------- Architecture (Eq. 4): b is learned, alpha is recovered from it, its support is the architecture ---
-# Compressed sensing: a node's alpha, up to 35 numbers of which 2 matter, is coded as b = A alpha, 7 numbers;
-# A is random and fixed. ista decodes: of the alphas whose code is b, nearly, that of least norm |alpha|_1.
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hyper-parameters (section 2.2)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sgd_step(theta: list[Tensor], grads: list[Tensor], velocity: list[Tensor], lr: Tensor, wd: Tensor, mu: float = 0.9) -> None:
+    """OP of section 2.2, in place: v = mu v + g + wd theta; theta = theta - lr v. lr, wd: 0-dim, so that no step waits."""
+    torch._foreach_mul_(velocity, mu)
+    torch._foreach_add_(velocity, grads)
+    torch._foreach_add_(velocity, torch._foreach_mul(theta, wd))
+    torch._foreach_sub_(theta, torch._foreach_mul(velocity, lr))
+
+
+@torch.no_grad()
+def hypergradient(
+    grads: list[Tensor], velocity: list[Tensor], theta: list[Tensor], lr: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """The gradient of Eq. (3), (dL/dlr, dL/dwd), for the last sgd_step.
+
+    theta: the weights theta+ that the step left. grads: dL/dtheta there, before clipping. velocity: the step's v. lr: its
+    rate. The weights and the v before the step count as constant (end of section 2.2). The next training batch computes
+    these gradients anyway, so that Eq. (3) costs no second pass (the authors' code pays one).
+    """
+    g = torch.cat([tensor.flatten() for tensor in grads])
+    v = torch.cat([tensor.flatten() for tensor in velocity])
+    theta_plus = torch.cat([tensor.flatten() for tensor in theta])
+
+    d_lr = -(g @ v)  # dtheta+/dlr = -v
+    d_wd = -lr * (g @ theta_plus + lr * (g @ v))  # dtheta+/dwd = -lr theta, with theta = theta+ + lr v
+    return d_lr, d_wd
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Architecture (section 2.3). A node's alpha has up to 35 entries, of which two will matter; b has 7. Sparse coding: of all
+# alphas with A alpha = b, the one with the smallest sum of absolute values is nearly always that with few entries.
+# ---------------------------------------------------------------------------------------------------------------------
+
 
 def soft_threshold(x: Tensor, threshold: Tensor) -> Tensor:
-    """The shrinkage operator of Eq. (4)."""
+    """The shrinkage operator of Eq. (4): every entry moves towards 0 by `threshold`, and stops there."""
     return x.sign() * (x.abs() - threshold).clamp(min=0)
 
-def momentum(G: Tensor, c: Tensor, L: Tensor, lam: Tensor, alpha: Tensor, iterations: int = 50) -> Tensor:
-    """Eq. (4) with Beck & Teboulle's momentum, restarted where it points uphill (O'Donoghue & Candes).
-    G = A^T A (..., n, n); c = A^T b and alpha (..., n); L = |G|_2 and lam (..., 1)."""
-    y, t = alpha, torch.ones_like(L)
-    for _ in range(iterations):
-        gradient = (G @ y.unsqueeze(-1)).squeeze(-1) - c  # A^T (A y - b)
-        new = soft_threshold(y - gradient / L, lam / L)  # Eq. (4)
-        uphill = ((y - new) * (new - alpha)).sum(-1, keepdim=True) > 0
-        t_new = torch.where(uphill, 1.0, (1 + (1 + 4 * t * t).sqrt()) / 2)
-        y = new + torch.where(uphill, 0.0, (t - 1) / t_new) * (new - alpha)
-        alpha, t = new, t_new
-    return alpha
-
-def polish(G: Tensor, c: Tensor, L: Tensor, lam: Tensor, alpha: Tensor) -> Tensor:
-    """Towards the minimum with alpha's support and signs, as far as the signs hold (FPC-AS, Wen et al.)."""
-    inside = alpha != 0
-    block = torch.where(inside.unsqueeze(-1) & inside.unsqueeze(-2), G, 0.0)
-    block = block + torch.diag_embed(torch.where(inside, 1e-12 * L, 1.0))
-    slope = c - (G @ alpha.unsqueeze(-1)).squeeze(-1)  # A^T (b - A alpha)
-    best = alpha + torch.linalg.solve_ex(block, torch.where(inside, slope - lam * alpha.sign(), 0.0)).result
-    reach = torch.where(best * alpha < 0, alpha / (alpha - best), 1.0)  # until its sign would flip
-    shortest = reach.amin(-1, keepdim=True)
-    flips = (reach <= shortest) & (shortest < 1)
-    return torch.where(flips, 0.0, alpha + shortest * (best - alpha))
 
 @torch.no_grad()
 def ista(A: Tensor, b: Tensor, lam: float, tolerance: float = 1e-9, rounds: int = 2000) -> Tensor:
-    """argmin over alpha of 1/2 |A alpha - b|^2 + lam |alpha|_1 by iterative shrinkage (Eq. 4), all at once.
-    A (..., m, n), b (..., m) -> alpha (..., n). Works in float64 and returns b's type. `tolerance` bounds the
-    violation of the KKT conditions, relative to max |A^T b|. Raises ArithmeticError after `rounds`.
+    """alpha = argmin 1/2 |A alpha - b|^2 + lam |alpha|_1 by iterative shrinkage, Eq. (4). A (..., m, n), b (..., m) -> (..., n).
 
-    Eq. (4) alone is hopeless: n > m makes the problem flat; at lam = 1e-5 the support is wrong after 1,000
-    iterations. Known remedies: momentum; continuation (Hale et al.): lam starts at max |A^T b| / 2 and is
-    halved every round; and the polish, which cuts 100,000 iterations for 100 problems of 7 x 40 to 1,150."""
-    G = A.double().mT @ A.double()  # A^T A (..., n, n)
-    c = (b.double().unsqueeze(-2) @ A.double()).squeeze(-2)  # A^T b (..., n)
-    L = torch.linalg.matrix_norm(G, 2).unsqueeze(-1).clamp(min=1e-30)  # Lipschitz constant of the gradient
-    largest, alpha = c.abs().amax(-1, keepdim=True), torch.zeros_like(c)
-    lam_now = (largest / 2).clamp(min=lam)  # (..., 1)
+    Eq. (4) alone is hopeless here: with n > m and lam = 1e-5 its support is still wrong after 1,000 iterations. Three known
+    remedies: momentum; continuation, lam starts large and is halved every round (Hale et al.); and after every round a jump
+    to the solution for the signs that alpha has then. Ends when no KKT condition is violated by more than `tolerance`, as a
+    share of max |A^T b|; raises ArithmeticError after so many rounds. Works in float64 on the CPU, whatever b's type and
+    device: on a GPU it would be 15,000 small kernels.
+    """
+    A_cpu = A.double().cpu()
+    G = A_cpu.mT @ A_cpu  # A^T A (..., n, n)
+    c = (A_cpu.mT @ b.double().cpu().unsqueeze(-1)).squeeze(-1)  # A^T b (..., n)
+    lipschitz = torch.linalg.matrix_norm(G, 2).unsqueeze(-1).clamp(min=1e-30)  # the paper's L (..., 1)
+    largest = c.abs().amax(-1, keepdim=True)
+    lam_now = (largest / 2).clamp(min=lam)
+    alpha = torch.zeros_like(c)
+
     for _ in range(rounds):
-        alpha = momentum(G, c, L, lam_now, alpha)
+        # With momentum (Beck & Teboulle's FISTA): a step starts ahead of alpha, unless that leads uphill (O'Donoghue & Candes)
+        ahead = alpha
+        t = torch.ones_like(lipschitz)
+        for _ in range(50):
+            gradient = (G @ ahead.unsqueeze(-1)).squeeze(-1) - c  # A^T (A alpha - b)
+            new = soft_threshold(ahead - gradient / lipschitz, lam_now / lipschitz)  # Eq. (4)
+
+            uphill = ((ahead - new) * (new - alpha)).sum(-1, keepdim=True) > 0
+            t_new = torch.where(uphill, 1.0, (1 + (1 + 4 * t**2).sqrt()) / 2)
+            ahead = new + torch.where(uphill, 0.0, (t - 1) / t_new) * (new - alpha)
+            alpha, t = new, t_new
+
         for _ in range(3):
-            alpha = polish(G, c, L, lam_now, alpha)
-        slope = c - (G @ alpha.unsqueeze(-1)).squeeze(-1)  # A^T (b - A alpha)
-        kkt = torch.where(alpha == 0, (slope.abs() - lam).clamp(min=0), (slope - lam * alpha.sign()).abs())
-        if (lam_now <= lam).all() and (kkt <= tolerance * largest).all():
-            return alpha.to(b.dtype)
-        lam_now = (lam_now / 2).clamp(min=lam)  # continuation
-    raise ArithmeticError(f"ISTA did not converge, KKT residual {float(kkt.max()):.1e}: try another --lasso")
+            alpha = active_set_step(G, c, lipschitz, lam_now, alpha)
 
-NODES = 4  # intermediate nodes of a cell; node j reads the states 0..j+1: 14 edges
-OPS, M = PRIMITIVES[1:], 7  # without "none"; M: numbers of a node's b, as many as operations by chance
-SPACES = {"cells": OPS, "mobilenet": common.MOBILE_PRIMITIVES}  # 7 operations each
+        # KKT: A^T (b - A alpha) is lam sign(alpha) on the support, and within [-lam, lam] off it
+        slope = c - (G @ alpha.unsqueeze(-1)).squeeze(-1)
+        on_support = (slope - lam * alpha.sign()).abs()
+        off_support = (slope.abs() - lam).clamp(min=0)
+        violation = torch.where(alpha != 0, on_support, off_support)
+        if (lam_now <= lam).all() and (violation <= tolerance * largest).all():
+            return alpha.to(b)
+        lam_now = (lam_now / 2).clamp(min=lam)
+    raise ArithmeticError(f"ISTA did not converge: KKT violation {float(violation.max()):.1e}")
 
-def select_support(alpha: Tensor, states: list[int], keep: int, ops: tuple[str, ...]) -> list:
-    """alpha (K, n), entry 7 * state + operation, to what each of K nodes keeps: `keep` of (operation, state).
-    The strongest operation of every edge by |alpha|, then the strongest edges (ISTA-NAS). Node k reads the
-    states 0 .. states[k] - 1."""
-    strength, op = alpha.abs().view(len(states), -1, len(ops)).max(2)  # of every edge, (K, n / 7)
-    chosen = [strength[k, :count].topk(keep).indices.sort().values.tolist() for k, count in enumerate(states)]
-    return [[(ops[op[k, state]], state) for state in chosen[k]] for k in range(len(states))]
 
-def norms(op: nn.Module) -> list[nn.BatchNorm2d]:
+def active_set_step(G: Tensor, c: Tensor, lipschitz: Tensor, lam: Tensor, alpha: Tensor) -> Tensor:
+    """Move alpha (..., n) to the minimum for its support and signs, or as far as no sign flips (FPC-AS, Wen et al.).
+
+    Given the signs the problem is quadratic: one linear system. G = A^T A (..., n, n), c = A^T b (..., n).
+    """
+    on = alpha != 0
+    block = torch.where(on.unsqueeze(-1) & on.unsqueeze(-2), G, 0.0)
+    block = block + torch.diag_embed(torch.where(on, 1e-12 * lipschitz, 1.0))
+    slope = c - (G @ alpha.unsqueeze(-1)).squeeze(-1)  # A^T (b - A alpha)
+    right_side = torch.where(on, slope - lam * alpha.sign(), 0.0)
+    best = alpha + torch.linalg.solve_ex(block, right_side).result
+
+    # The share of the way at which the first entry becomes 0; that entry leaves the support
+    share = torch.where(best * alpha < 0, alpha / (alpha - best), 1.0)
+    first = share.amin(-1, keepdim=True)
+    leaves = (share <= first) & (first < 1)
+    return torch.where(leaves, 0.0, alpha + first * (best - alpha))
+
+
+def select_support(alpha: Tensor, states: list[int], kept: int, ops: tuple[str, ...]) -> list[list[tuple[str, int]]]:
+    """What each of K nodes keeps: `kept` pairs (operation, state it reads). alpha (K, n): entry len(ops) * state + operation.
+
+    The strongest operation of every edge by |alpha|, then the strongest edges. DHA's code ranks signed values [A], which |alpha|
+    replaces here [C]; ISTA-NAS' one-stage code takes the two largest |alpha| of all, which may be of one edge. Node k reads
+    the states 0 .. states[k] - 1.
+    """
+    strength, operation = alpha.abs().view(len(states), -1, len(ops)).max(2)  # of every edge, (K, states)
+    support = []
+    for k, count in enumerate(states):
+        edges = strength[k, :count].topk(kept).indices.sort().values
+        support.append([(ops[operation[k, state]], state) for state in edges.tolist()])
+    return support
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The supernet: every candidate exists, those of the support run. (ProxylessNAS' space stands before the augmentations.)
+# ---------------------------------------------------------------------------------------------------------------------
+
+NODES = 4  # of a cell; node j reads the states 0 .. j + 1, of which 0 and 1 are the cell's inputs
+OPS = common.PRIMITIVES[1:]  # without "none", as both public one-stage codes [A]
+CODE = 7  # length of a node's b
+
+
+def batch_norms(op: nn.Module) -> list[nn.BatchNorm2d]:
     return [module for module in op.modules() if isinstance(module, nn.BatchNorm2d)]
 
-class SparseCell(nn.Module):
-    """A DARTS cell with all candidates; two a node run. c_before, c_in: channels of s0, s1; halved: s0 has
-    twice s1's size. A candidate ends in a batch norm, whose weight is 1 and bias 0 until the node freezes."""
-    def __init__(self, c_before: int, c_in: int, channels: int, reduction: bool, halved: bool):
-        super().__init__()
-        build = FactorizedReduce if halved else common.relu_conv_bn
-        self.preprocess0, self.preprocess1 = build(c_before, channels), common.relu_conv_bn(c_in, channels)
-        self.first = NODES * reduction  # of the supernet's nodes those from here on are this cell's
-        self.nodes = nn.ModuleList(nn.ModuleDict() for _ in range(NODES))
-        for j, node in enumerate(self.nodes):
-            for state, name in ((state, name) for state in range(j + 2) for name in OPS):
-                op = common.operation(name, channels, 2 if reduction and state < 2 else 1)
-                if not norms(op):
-                    op.append(nn.BatchNorm2d(channels))
-                node[f"{name}_{state}"] = op
 
-    def forward(self, s0: Tensor, s1: Tensor, support: list, weights: list, drop_path_prob: float) -> Tensor:
-        """support: per node two (operation, state); weights: per node two 0-dim tensors, or None twice."""
+class SparseCell(nn.Module):
+    """A DARTS cell with all candidates, each of which ends in a batch norm. c_before, c_in: channels of the inputs s0 and s1.
+
+    halved: s0 has twice the size of s1. first_node: the number, in the supernet, of the cell's first node.
+    """
+
+    def __init__(self, c_before: int, c_in: int, channels: int, reduction: bool, halved: bool, first_node: int):
+        super().__init__()
+        self.first_node = first_node
+        self.preprocess0 = FactorizedReduce(c_before, channels) if halved else common.relu_conv_bn(c_before, channels)
+        self.preprocess1 = common.relu_conv_bn(c_in, channels)
+
+        self.nodes = nn.ModuleList()
+        for j in range(NODES):
+            candidates = nn.ModuleDict()
+            for state in range(j + 2):
+                for name in OPS:
+                    op = common.operation(name, channels, stride=2 if reduction and state < 2 else 1)
+                    if not batch_norms(op):
+                        op.append(nn.BatchNorm2d(channels))
+                    candidates[f"{name}_{state}"] = op
+            self.nodes.append(candidates)
+
+    def forward(self, s0: Tensor, s1: Tensor, support: list, strengths: list, drop_path_prob: float) -> Tensor:
+        """For each node: support, the pairs (operation, state) that run; strengths, a weight for each, None once frozen."""
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        for j, node in enumerate(self.nodes):
-            total = 0
-            for (name, state), weight in zip(support[j], weights[j]):
-                op = node[f"{name}_{state}"]
-                h = op(states[state])
+        for j, candidates in enumerate(self.nodes):
+            node = None
+            for i, (name, state) in enumerate(support[j]):
+                op = candidates[f"{name}_{state}"]
+                o = op(states[state])
                 if self.training and drop_path_prob > 0 and not isinstance(op[0], nn.Identity):
-                    h = common.drop_path(h, drop_path_prob)
-                total = total + (h if weight is None else weight * h)  # alpha_j^T o_j (section 2.3)
-            states.append(total)
+                    o = common.drop_path(o, drop_path_prob)
+                if strengths[j] is not None:
+                    o = strengths[j][i] * o
+                node = o if node is None else node + o  # alpha_j^T o_j, section 2.3
+            states.append(node)
         return torch.cat(states[2:], 1)  # (B, 4 channels, H, W)
 
-def conv_bn_relu6(c_in: int, c_out: int, k: int, stride: int = 1) -> list[nn.Module]:
-    """MobileNetV2's layer."""
-    return [*common.conv_bn(c_in, c_out, k, stride), nn.ReLU6()]
-
-def mobile_operation(name: str, c_in: int, c_out: int, stride: int) -> nn.Sequential:
-    """One of common.MOBILE_PRIMITIVES without its shortcut, or mbconv1_3x3 (MobileNetV2, ProxylessNAS): 1x1
-    to `expansion` times the width, which 1 leaves out; depthwise k x k with the stride; 1x1, linear."""
-    if name == "skip_connect":
-        return nn.Sequential(nn.Identity())
-    wide, k = int(name[6]) * c_in, int(name[-1])
-    expand = conv_bn_relu6(c_in, wide, 1) if wide > c_in else []
-    depthwise = nn.Conv2d(wide, wide, k, stride, k // 2, groups=wide, bias=False)
-    middle = [depthwise, nn.BatchNorm2d(wide), nn.ReLU6()]
-    return nn.Sequential(*expand, *middle, *common.conv_bn(wide, c_out, 1))
-
-class MobileLayer(nn.Module):
-    """A layer of ProxylessNAS' space with all candidates, one runs: node number `first`, which chooses one of
-    x + MBConv(x), without the x where stride or width change, and x alone. (B, c_in, H, W) to H/stride."""
-    def __init__(self, first: int, c_in: int, c_out: int, stride: int):
-        super().__init__()
-        self.first, self.width, self.stride = first, c_out, stride
-        self.shortcut = stride == 1 and c_in == c_out
-        ops = SPACES["mobilenet"] if self.shortcut else SPACES["mobilenet"][:-1]  # without skip_connect
-        build = {f"{name}_0": mobile_operation(name, c_in, c_out, stride) for name in ops}
-        self.nodes = nn.ModuleList([nn.ModuleDict(build)])
-
-    def forward(self, s0: Tensor, x: Tensor, support: list, weights: list, drop_path_prob: float) -> Tensor:
-        """As SparseCell's; s0 is not read."""
-        (name, state), weight = support[0][0], weights[0][0]
-        if name == "skip_connect":  # no norm could absorb a weight: it is 1, with the weight's gradient
-            return x if weight is None else x * (1 + (weight - weight.detach()))
-        h = self.nodes[0][f"{name}_{state}"](x)
-        if self.training and drop_path_prob > 0 and self.shortcut:
-            h = common.drop_path(h, drop_path_prob)
-        h = h if weight is None else weight * h
-        return x + h if self.shortcut else h
 
 class SparseSupernet(nn.Module):
-    """ISTA-NAS' one-stage supernet: all candidates of every cell or layer exist, only the support's ever run.
-    Input: normalised images (B, 3, H, W). Output: logits (B, num_classes); with `auxiliary`, in training, the
-    pair (logits, auxiliary logits). space "cells": `layers` cells share 8 nodes, normal 0..3 and reduce 0..3,
-    each keeps 2 of 7 operations on up to 5 states. space "mobilenet": `layers` (5 n + 1) nodes keep 1 of 7;
-    `channels` is the stem's (paper: 32). stem: "cifar" or, for images from 64 pixels on, "imagenet".
-    Node k of K has b[k] (7,), A[k] (7, n; zeros where it has fewer candidates), alpha[k] (n,), entry
-    7 * state + operation, and support[k]; n is 35 or 7."""
-    def __init__(self, channels: int, num_classes: int, layers: int, auxiliary: bool = False,
-                 b_scale: float = 1e-3, space: str = "cells", stem: str = "cifar"):
-        super().__init__()
-        self.space, self.ops, self.drop_path_prob, self.auxiliary = space, SPACES[space], 0.0, None
-        self.auxiliary_at = 2 * layers // 3 if auxiliary else -1
-        build = {"cells": self.build_cells, "mobilenet": self.build_mobilenet}[space]
-        build(channels, num_classes, layers, stem)
-        K = len(self.states)
-        for norm in (norm for cell in self.cells for op in cell.nodes for norm in norms(op)):
-            norm.requires_grad_(False)
-        A = torch.rand(K, M, len(self.ops) * max(self.states))
-        for cell in self.cells:
-            for k, node in enumerate(cell.nodes, cell.first):
-                A[k, :, len(node) :] = 0
-        self.register_buffer("A", A)
-        self.register_buffer("alpha", torch.zeros(K, A.shape[2]))
-        self.register_buffer("A_S", torch.zeros(K, M, self.kept))
-        self.register_buffer("alpha_S", torch.zeros(K, self.kept))
-        self.b = nn.ParameterList(b_scale * torch.randn(M) for _ in range(K))
-        self.frozen, self.support = [False] * K, [[]] * K
-        self.recover()
+    """Normalised images (B, 3, H, W) to logits (B, num_classes); with `auxiliary`, in training, to (logits, auxiliary logits).
 
-    def build_cells(self, C: int, num_classes: int, layers: int, stem: str) -> None:
-        """DARTS' cells: reductions at layers//3 and 2 layers//3."""
-        self.states, self.kept = [2, 3, 4, 5] * 2, 2
-        self.stem, self.stem1, c_in, halved = common.stems(stem, C)
-        c_before, self.cells = c_in, nn.ModuleList()
+    `layers` cells share 8 nodes, those of the normal cell and those of the reduction cell. Node k has b[k] (7,), A[k] (7, 35;
+    zeros where it has fewer candidates), alpha[k] (35,), support[k], and frozen[k]. b_scale: standard deviation of b.
+    """
+
+    ops = OPS
+    kept = 2  # operations that a node keeps
+
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        layers: int,
+        auxiliary: bool = False,
+        b_scale: float = 1e-3,
+        stem: str = "cifar",
+    ):
+        super().__init__()
+        self.drop_path_prob = 0.0
+        self.auxiliary = None
+        self.auxiliary_at = 2 * layers // 3
+        self.build(channels, num_classes, layers, auxiliary, stem)
+
+        # A batch norm behind a strength would undo it if it could scale: its weight stays 1, its bias 0, until the node freezes
+        for cell in self.cells:
+            for norm in batch_norms(cell.nodes):
+                norm.requires_grad_(False)
+
+        nodes = len(self.states)
+        A = torch.rand(nodes, CODE, len(self.ops) * max(self.states))  # U(0, 1) [A]
+        for cell in self.cells:
+            for k, candidates in enumerate(cell.nodes, cell.first_node):
+                A[k, :, len(candidates) :] = 0
+        self.register_buffer("A", A)
+        self.register_buffer("alpha", torch.zeros(nodes, A.shape[2]))
+        self.register_buffer("A_S", torch.zeros(nodes, CODE, self.kept))  # A and alpha, on the support
+        self.register_buffer("alpha_S", torch.zeros(nodes, self.kept))
+        self.b = nn.ParameterList(b_scale * torch.randn(CODE) for _ in range(nodes))
+        self.frozen = [False] * nodes
+        self.support = [[] for _ in range(nodes)]
+        self.adopt(self.decode())
+
+    def build(self, channels: int, num_classes: int, layers: int, auxiliary: bool, stem: str) -> None:
+        """The stem, the cells, reductions at layers//3 and 2*layers//3 as in DARTS, and the classifier."""
+        self.states = [2, 3, 4, 5, 2, 3, 4, 5]  # how many states each node can read: normal cell, reduction cell
+        self.stem, self.stem1, c_in, halved = common.stems(stem, channels)
+        self.cells = nn.ModuleList()
+        c_before = c_in
         for i in range(layers):
             reduction = i in (layers // 3, 2 * layers // 3)
-            C = 2 * C if reduction else C
-            self.cells.append(SparseCell(c_before, c_in, C, reduction, halved))
-            c_before, c_in, halved = c_in, NODES * C, reduction
-            if i == self.auxiliary_at:
+            if reduction:
+                channels *= 2
+            first_node = NODES if reduction else 0
+            self.cells.append(SparseCell(c_before, c_in, channels, reduction, halved, first_node))
+            c_before, c_in, halved = c_in, NODES * channels, reduction
+            if auxiliary and i == self.auxiliary_at:
                 self.auxiliary = common.auxiliary_head(c_in, num_classes, stem)
-        self.head, self.classifier = nn.Identity(), nn.Linear(c_in, num_classes)
-
-    def build_mobilenet(self, C: int, num_classes: int, layers: int, stem: str) -> None:
-        """ProxylessNAS' layers: a fixed MBConv, stages of (layers - 1) / 5 layers and a last one of 1."""
-        self.states, self.kept = [1] * layers, 1
-        width = lambda channels: max(round(channels * C / 32), 1)  # the paper's at C = 32
-        first, n = 2 if stem == "imagenet" else 1, layers // 5
-        self.stem = nn.Sequential(*conv_bn_relu6(3, C, 3, first))
-        self.stem1 = mobile_operation("mbconv1_3x3", C, width(16), 1)
-        c_in, self.cells = width(16), nn.ModuleList()
-        stages = (24, first, n), (40, 2, n), (80, 2, n), (96, 1, n), (192, 2, n), (320, 1, 1)
-        for c_out, stride, count in ((width(c), stride, count) for c, stride, count in stages):
-            for i in range(count):
-                self.cells.append(MobileLayer(len(self.cells), c_in, c_out, stride if i == 0 else 1))
-                c_in = c_out
-        self.head = nn.Sequential(*conv_bn_relu6(c_in, width(1280), 1))
-        self.classifier = nn.Linear(width(1280), num_classes)
+        self.head = nn.Identity()
+        self.classifier = nn.Linear(c_in, num_classes)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        with torch.autocast(x.device.type, enabled=False):  # strengths are float32 with --amp too
-            none = (None,) * self.kept
-            weights = [none if frozen else self.strength(k) for k, frozen in enumerate(self.frozen)]
+        with torch.autocast(x.device.type, enabled=False):  # strengths are float32 with --amp, too
+            strengths = [None if frozen else self.strength(k) for k, frozen in enumerate(self.frozen)]
+
+        with_auxiliary = self.training and self.auxiliary is not None
         s0 = self.stem(x)
-        s1, auxiliary = self.stem1(s0), None
+        s1 = self.stem1(s0)
         for i, cell in enumerate(self.cells):
-            mine = slice(cell.first, cell.first + len(cell.nodes))
-            s0, s1 = s1, cell(s0, s1, self.support[mine], weights[mine], self.drop_path_prob)
-            if i == self.auxiliary_at and self.training and self.auxiliary is not None:
-                auxiliary = self.auxiliary(s1)
+            own = slice(cell.first_node, cell.first_node + len(cell.nodes))
+            s0, s1 = s1, cell(s0, s1, self.support[own], strengths[own], self.drop_path_prob)
+            if with_auxiliary and i == self.auxiliary_at:
+                auxiliary_logits = self.auxiliary(s1)
         logits = self.classifier(self.head(s1).mean((2, 3)))
-        return logits if auxiliary is None else (logits, auxiliary)
+        return (logits, auxiliary_logits) if with_auxiliary else logits
 
     def strength(self, k: int) -> Tensor:
-        """Node k's weights, (kept,), a function of b. A_S (7, kept), alpha_S (kept,): on the support."""
-        A_S, alpha_S = self.A_S[k], self.alpha_S[k]
-        E_alpha = A_S.T @ (A_S @ alpha_S) - alpha_S  # E = A^T A - I
-        return A_S.T @ self.b[k] - E_alpha  # b^T A - alpha^T E (section 2.3): alpha, where b = A alpha
+        """b^T A - alpha^T E on node k's support, section 2.3: alpha, where b = A alpha, with a gradient for b alone. (kept,)"""
+        A, alpha = self.A_S[k], self.alpha_S[k]
+        alpha_E = A.T @ (A @ alpha) - alpha  # E = A^T A - I
+        return A.T @ self.b[k] - alpha_E
 
     @torch.no_grad()
-    def recover(self, lam: float = 1e-5, accept=lambda: True) -> list[float]:
-        """Solve Eq. (4) for the nodes that are not frozen; their strongest operations become self.support.
-        accept() then looks at it. Returns how far every alpha moved; [] if refused: then all is as before."""
-        live = [k for k, frozen in enumerate(self.frozen) if not frozen]
-        alpha, before = self.alpha.clone(), self.support
-        alpha[live] = ista(self.A[live], torch.stack([self.b[k] for k in live]), lam)
+    def decode(self, lam: float = LASSO) -> Tensor:
+        """Solve Eq. (4) for the nodes that are not frozen: alpha (nodes, 35)."""
+        searched = [k for k, frozen in enumerate(self.frozen) if not frozen]
+        alpha = self.alpha.clone()
+        alpha[searched] = ista(self.A[searched], torch.stack([self.b[k] for k in searched]), lam)
         if dist.is_initialized():
-            dist.broadcast(alpha, 0)  # one support in all processes
-        found = select_support(alpha.cpu(), self.states, self.kept, self.ops)
-        self.support = [before[k] if frozen else found[k] for k, frozen in enumerate(self.frozen)]
-        if not accept():
-            self.support = before
-            return []
-        moved = (alpha - self.alpha).norm(dim=1).tolist()
-        self.alpha.copy_(alpha)
-        for k in live:
-            S = [len(self.ops) * state + self.ops.index(name) for name, state in self.support[k]]
-            self.A_S[k], self.alpha_S[k] = self.A[k][:, S], alpha[k, S]
-        return moved
+            dist.broadcast(alpha, 0)  # one support for all processes
+        return alpha
 
-    def operations(self, k: int) -> list[nn.Module]:
-        """Node k's operations in each of its cells, cell by cell."""
-        cells = [cell for cell in self.cells if cell.first <= k < cell.first + len(cell.nodes)]
-        nodes = [cell.nodes[k - cell.first] for cell in cells]
-        return [node[f"{name}_{state}"] for node in nodes for name, state in self.support[k]]
+    def support_of(self, alpha: Tensor) -> list[list[tuple[str, int]]]:
+        """The support of an alpha (nodes, 35): for every node what it keeps, [(operation, state), ...]. Frozen nodes stay."""
+        support = select_support(alpha.cpu(), self.states, self.kept, self.ops)
+        for k, frozen in enumerate(self.frozen):
+            if frozen:
+                support[k] = self.support[k]
+        return support
+
+    def adopt(self, alpha: Tensor) -> list[float]:
+        """Make alpha (nodes, 35) and its support the network's. Returns how far each node's alpha moved."""
+        distances = (alpha - self.alpha).norm(dim=1).tolist()
+        self.support = self.support_of(alpha)
+        self.alpha.copy_(alpha)
+        for k, frozen in enumerate(self.frozen):
+            if not frozen:
+                entries = [len(self.ops) * state + self.ops.index(name) for name, state in self.support[k]]
+                self.A_S[k] = self.A[k][:, entries]
+                self.alpha_S[k] = alpha[k, entries]
+        return distances
+
+    def running(self, k: int, support: list) -> list[nn.Module]:
+        """The operations that a support makes node k run in each of its cells, cell by cell."""
+        found = []
+        for cell in self.cells:
+            if cell.first_node <= k < cell.first_node + len(cell.nodes):
+                candidates = cell.nodes[k - cell.first_node]
+                found += [candidates[f"{name}_{state}"] for name, state in support[k]]
+        return found
 
     @torch.no_grad()
     def freeze(self, k: int) -> None:
-        """End the search of node k: its last norms absorb the strengths; all its norms learn from here on."""
-        for i, op in enumerate(self.operations(k)):
-            for norm in norms(op)[-1:]:
-                norm.weight.mul_(self.strength(k)[i % self.kept])
+        """End the search of node k: its last batch norms absorb the strengths, and all its batch norms learn from now on."""
+        strength = self.strength(k)
+        for i, op in enumerate(self.running(k, self.support)):
+            for norm in batch_norms(op)[-1:]:
+                norm.weight.mul_(strength[i % self.kept])
             op.requires_grad_(True)
-        self.frozen[k], self.b[k].grad = True, None  # without a gradient Adam leaves b alone
+        self.frozen[k] = True
+        self.b[k].grad = None  # without one Adam leaves b alone
 
-    def keep(self, genotype: Genotype | list[str]) -> SparseSupernet:
-        """Prune: of the operations the genotype's stay, and nothing to search. Returns itself."""
-        self.support = support_of(genotype)
-        fits = [len(node) for node in self.support] == [self.kept] * len(self.states)
+    def prune(self, genotype: Genotype | list[str]) -> None:
+        """Delete all candidates but the genotype's; nothing is left to search. Raises InputError if it does not fit."""
+        self.support = support_of_genotype(genotype)
+        if [len(pairs) for pairs in self.support] != [self.kept] * len(self.states):
+            raise InputError("the genotype is not of this --space with so many --layers")
         for cell in self.cells:
-            for k, node in enumerate(cell.nodes, cell.first):
-                mine = {f"{name}_{state}" for name, state in self.support[k]} if fits else set()
-                if len(mine & node.keys()) < self.kept:
-                    raise InputError(f"the genotype does not fit --space {self.space} with its --layers")
-                for key in node.keys() - mine:
-                    del node[key]
-                node.requires_grad_(True)
-        self.frozen, self.b = [True] * len(self.states), nn.ParameterList()
+            for k, candidates in enumerate(cell.nodes, cell.first_node):
+                chosen = {f"{name}_{state}" for name, state in self.support[k]}
+                if not chosen <= candidates.keys():
+                    raise InputError(f"the genotype chooses {min(chosen)}, which node {k} does not have")
+                for name in candidates.keys() - chosen:
+                    del candidates[name]
+                candidates.requires_grad_(True)
+        self.frozen = [True] * len(self.states)
+        self.b = nn.ParameterList()
         self.A = self.alpha = self.A_S = self.alpha_S = None
-        return self
-
-    def skip_connects(self) -> int:
-        """How many of the normal cell's 8 operations, or of the layers, are skip-connections."""
-        nodes = self.support[: len(self.support) // self.kept]
-        return sum(name == "skip_connect" for node in nodes for name, _ in node)
 
     def genotype(self) -> Genotype | list[str]:
-        """The support as a genotype: of cells, or the operation of every layer."""
-        edges = [edge for node in self.support for edge in node]
-        if self.kept == 1:
-            return [name for name, _ in edges]
-        return Genotype(edges[: 2 * NODES], [2, 3, 4, 5], edges[2 * NODES :], [2, 3, 4, 5])
+        normal = sum(self.support[:NODES], [])
+        reduce = sum(self.support[NODES:], [])
+        return Genotype(normal, [2, 3, 4, 5], reduce, [2, 3, 4, 5])
 
-def support_of(genotype: Genotype | list[str]) -> list[list[tuple[str, int]]]:
-    """What every node of SparseSupernet keeps, (operation, state). InputError for cells of other shapes."""
+    def skip_connects(self) -> tuple[int, int]:
+        """How many operations of the normal cell are skip-connections, and of how many."""
+        names = [name for name, _ in sum(self.support[:NODES], [])]
+        return names.count("skip_connect"), len(names)
+
+
+def support_of_genotype(genotype: Genotype | list[str]) -> list[list[tuple[str, int]]]:
+    """What every node of a supernet keeps, for a genotype. Raises InputError for cells of another shape."""
     if isinstance(genotype, list):
         return [[(name, 0)] for name in genotype]
-    edges = [tuple(edge) for edge in (*genotype.normal, *genotype.reduce)]
-    support = list(zip(edges[::2], edges[1::2]))
-    shape = [len(genotype.normal), genotype.normal_concat, len(genotype.reduce), genotype.reduce_concat]
-    if shape != [8, [2, 3, 4, 5]] * 2 or any(first == second for first, second in support):
-        raise InputError("dha's cells have 4 nodes, all concatenated, with two different edges each")
-    return [list(pair) for pair in support]
 
-# -------- Hyper-parameters (Eq. 3) --------------------------------------------------------------------------
+    support = []
+    for edges, concat in ((genotype.normal, genotype.normal_concat), (genotype.reduce, genotype.reduce_concat)):
+        pairs = [[tuple(edges[2 * j]), tuple(edges[2 * j + 1])] for j in range(len(edges) // 2)]
+        if len(edges) != 2 * NODES or list(concat) != [2, 3, 4, 5] or any(first == second for first, second in pairs):
+            raise InputError("dha's cells have 4 nodes, all concatenated, with two different edges each")
+        support += pairs
+    return support
 
-LR_RANGE, WD_RANGE = (1e-4, 0.1), (0.0, 1e-2)  # where Eq. (3) may move them; the paper gives no range
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Limits (Eq. 1)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def overrun(net: SparseSupernet, support: list, args: argparse.Namespace, image_size: int) -> float:
+    """Eq. (1): the largest c_i(alpha) / C_i of a support's network; up to 1 it keeps --max-params and --max-flops."""
+    shares = [0.0]
+    if args.max_params:
+        running = set()
+        for k in range(len(support)):
+            for op in net.running(k, support):
+                running.update(op.parameters())
+        idle = set(net.b.parameters())
+        for cell in net.cells:
+            idle.update(p for p in cell.nodes.parameters() if p not in running)
+        params = common.count_parameters(net) - sum(p.numel() for p in idle)
+        shares.append(params / args.max_params)
+
+    if args.max_flops:
+        now, net.support = net.support, support
+        shares.append(common.count_flops(net, image_size) / args.max_flops)
+        net.support = now
+    return max(shares)
+
 
 @torch.no_grad()
-def hypergradient(grads: list, velocities: list, params: list, lr: Tensor | float) -> tuple[Tensor, Tensor]:
-    """The gradient of Eq. (3), (dL/dlr, dL/dwd), for theta+ = theta - lr v with v = mu v0 + g + wd theta.
-    grads: dL/dtheta at theta+ (before clipping); velocities: that update's v; params: theta+; lr: its rate.
-    theta and v0 count as constant (section 2.2). No second pass: the next batch computes g anyway."""
-    g, v, theta = (torch.cat([t.flatten() for t in tensors]) for tensors in (grads, velocities, params))
-    along = g @ v
-    d_lr = -along  # dtheta+/dlr = -v
-    d_wd = -lr * (g @ theta + lr * along)  # dtheta+/dwd = -lr theta, theta = theta+ + lr v
-    return d_lr, d_wd
+def start_within_limits(net: SparseSupernet, args: argparse.Namespace, image_size: int) -> None:
+    """While the first, random support breaks a limit: give one node after the other a b that makes a random operation its
+    strongest, and keep it where that comes nearer. Raises InputError after 300 draws."""
+    nearest = overrun(net, net.support, args, image_size)
+    for n in range(300):
+        if nearest <= 1:
+            return
+        k = n % len(net.b)
+        before = net.b[k].clone()
+        candidates = int(net.A[k].any(0).sum())
+        chosen = int(torch.randint(candidates, ()))
+        code = net.A[k][:, chosen] + 0.02 * torch.randn_like(before)  # of an alpha that is 1 there, about 0 elsewhere
+        net.b[k].copy_(args.b_scale * code)
 
-@torch.no_grad()
-def sgd_step(params: list, grads: list, velocities: list, lr: Tensor, wd: Tensor, mu: float = 0.9) -> None:
-    """v = mu v + g + wd theta; theta = theta - lr v, in place. lr, wd: 0-dim tensors, so no step waits."""
-    torch._foreach_mul_(velocities, mu)
-    torch._foreach_add_(velocities, grads)
-    torch._foreach_add_(velocities, torch._foreach_mul(params, wd))
-    torch._foreach_sub_(params, torch._foreach_mul(velocities, lr))
+        alpha = net.decode()
+        found = overrun(net, net.support_of(alpha), args, image_size)
+        if found > nearest:
+            net.b[k].copy_(before)
+        else:
+            nearest = found
+            net.adopt(alpha)
+    raise InputError("found no architecture within --max-params and --max-flops to start with: raise them")
 
-# -------- One step of everything (Fig. 1) -------------------------------------------------------------------
 
-RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
+# ---------------------------------------------------------------------------------------------------------------------
+# One iteration (Figure 1)
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Under torchrun: this process's number, and how many there are
+TORCHRUN = dist.is_torchelastic_launched()
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0
+WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
+
+
+class DHA:
+    """Everything that is learned, and the state of its optimizers."""
+
+    def __init__(self, args: argparse.Namespace, data: common.Data, device: torch.device):
+        build = MobileSupernet if args.space == "mobilenet" else SparseSupernet
+        stem = common.stem_for(data.train_images)
+        auxiliary = args.auxiliary_weight > 0
+        self.net = build(args.channels, len(data.classes), args.layers, auxiliary, args.b_scale, stem)
+        self.net.to(device, memory_format=torch.channels_last)
+        self.theta = [p for name, p in self.net.named_parameters() if not name.startswith("b.")]
+        self.velocity = {}  # of the weights that the last step moved: their v
+        self.b_optimizer = torch.optim.Adam(self.net.b, args.arch_lr, betas=(0.5, 0.999), weight_decay=1e-3)  # [A: DARTS]
+        self.tau = torch.zeros(len(AUGMENTATIONS), len(AUGMENTATIONS), device=device, requires_grad=True)
+        self.lr = torch.tensor(args.lr, device=device)  # tensors, so that no step waits for the GPU
+        self.wd = torch.tensor(args.weight_decay, device=device)
+        mean, std = common.mean_std(data.train_images)
+        self.mean = mean.to(device)
+        self.std = std.to(device)
+
+    def prune(self, genotype: Genotype | list[str]) -> None:
+        """The search is over: delete what is not in the genotype."""
+        self.net.prune(genotype)
+        self.theta = list(self.net.parameters())
+        self.velocity = {p: self.velocity[p] for p in self.theta if p in self.velocity}
+
+    def state_dict(self) -> dict:
+        return {
+            "net": self.net.state_dict(),
+            "support": self.net.support,
+            "frozen": self.net.frozen,
+            "velocity": [self.velocity.get(p) for p in self.theta],
+            "b_optimizer": self.b_optimizer.state_dict(),
+            "tau": self.tau.detach(),
+            "lr": self.lr,
+            "wd": self.wd,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        # The network's form first: freezing and pruning change which parameters it has
+        self.net.support = state["support"]
+        for k, frozen in enumerate(state["frozen"]):
+            if frozen and not self.net.frozen[k]:
+                self.net.freeze(k)
+        if all(self.net.frozen):
+            self.prune(self.net.genotype())
+
+        self.net.load_state_dict(state["net"])
+        self.velocity = {p: v.to(p) for p, v in zip(self.theta, state["velocity"]) if v is not None}
+        self.b_optimizer.load_state_dict(state["b_optimizer"])
+        self.tau.data.copy_(state["tau"])
+        self.lr.copy_(state["lr"])
+        self.wd.copy_(state["wd"])
+
 
 @torch.no_grad()
 def average_gradients(params: list[Tensor]) -> None:
@@ -537,613 +675,826 @@ def average_gradients(params: list[Tensor]) -> None:
         grads = [p.grad for p in params if p.grad is not None]
         total = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(total)
-        for g, mean in zip(grads, (total / dist.get_world_size()).split([g.numel() for g in grads])):
+        means = (total / dist.get_world_size()).split([g.numel() for g in grads])
+        for g, mean in zip(grads, means):
             g.copy_(mean.view_as(g))
 
-class DHA:
-    """What a run learns: theta and b (in net), tau, eta = (lr, wd); and what their optimizers remember."""
-    def __init__(self, args: argparse.Namespace, data: Data, device: torch.device):
-        auxiliary, count = args.auxiliary_weight > 0, len(AUGMENTATIONS)
-        size, stem = (args.channels, len(data.classes), args.layers), common.stem_for(data.train_images)
-        self.net = SparseSupernet(*size, auxiliary, args.b_scale, args.space, stem)
-        self.net.to(device, memory_format=torch.channels_last)
-        self.theta = [p for name, p in self.net.named_parameters() if not name.startswith("b.")]
-        self.velocity: dict[Tensor, Tensor] = {}  # v of what the last step moved
-        self.b_optimizer = torch.optim.Adam(self.net.b, args.arch_lr, (0.5, 0.999), weight_decay=1e-3)
-        self.tau = torch.zeros(count, count, device=device, requires_grad=True)
-        self.lr, self.wd = (torch.tensor(x, device=device) for x in (args.lr, args.weight_decay))
-        self.mean, self.std = common.mean_std(data.train_images)
 
 def train_step(s: DHA, images: Tensor, labels: Tensor, args: argparse.Namespace) -> Tensor:
     """One iteration on uint8 images (B, 3, H, W), cropped and flipped at random, and labels (B,).
-    Returns (loss, accuracy in %), detached."""
-    x = images / 255
+
+    Returns the mean loss and the accuracy in %, (2,), of the augmented images.
+    """
+    # 1. A pair of operations for every image
+    x = images / 255  # (B, 3, H, W) in [0, 1]
     if not args.no_da:
-        pairs = sample_pairs(s.tau, len(x))
+        pairs = sample_pairs(s.tau, len(x))  # (B,)
         x = apply_pairs(x, pairs)
     x = common.cutout(common.normalize(x, s.mean, s.std), args.cutout)
+
+    # 2. L_k, the loss of every image, and all gradients. None, not zero, marks the weights that did not run
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
         out = s.net(x)
-    logits, *auxiliary = out if isinstance(out, tuple) else (out,)
-    L = partial(F.cross_entropy, target=labels, reduction="none", label_smoothing=args.label_smoothing)
-    losses = L(logits.float())  # L_k, (B,)
-    for head in auxiliary:
-        losses = losses + args.auxiliary_weight * L(head.float())
+    logits, auxiliary_logits = out if isinstance(out, tuple) else (out, None)  # (B, classes)
+    smooth = args.label_smoothing
+    losses = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smooth)  # (B,)
+    if auxiliary_logits is not None:
+        auxiliary_losses = F.cross_entropy(auxiliary_logits.float(), labels, reduction="none", label_smoothing=smooth)
+        losses = losses + args.auxiliary_weight * auxiliary_losses
 
-    for p in [*s.velocity, *s.net.b, s.tau]:
+    for p in [*s.theta, *s.net.b, s.tau]:
         p.grad = None
-    losses.mean().backward()  # gradients of theta and of b (section 2.3)
+    losses.mean().backward()
     if not args.no_da:
-        policy_loss(s.tau, pairs, losses).backward()
-    theta = [p for p in s.theta if p.grad is not None]  # of the operations that ran
-    average_gradients([*theta, *s.net.b, s.tau])
+        policy_loss(s.tau, pairs, losses).backward()  # Eq. (2)
+    ran = [p for p in s.theta if p.grad is not None]
+    average_gradients([*ran, *s.net.b, s.tau])
 
+    # 3. Eq. (3). This gradient was taken at the weights after the last step: it tells how that step's lr and wd should
+    #    have differed. Only weights that moved in the last step and ran in this one have a say
+    moved = [p for p in ran if p in s.velocity]
+    if moved and not args.no_hpo:
+        d_lr, d_wd = hypergradient([p.grad for p in moved], [s.velocity[p] for p in moved], moved, s.lr)
+        lr_change = (args.beta_lr * d_lr).clamp(-MAX_LR_CHANGE * s.lr, MAX_LR_CHANGE * s.lr)
+        wd_change = (args.beta_wd * d_wd).clamp(-MAX_WD_CHANGE, MAX_WD_CHANGE)
+        s.lr.sub_(lr_change).clamp_(*LR_RANGE)
+        s.wd.sub_(wd_change).clamp_(*WD_RANGE)
+
+    # 4. The policy. Eq. (2) is a sum over the batch, of which each process has a share and average_gradients took the mean
     if not args.no_da:
-        s.tau.data -= args.tau_lr * WORLD * s.tau.grad  # Eq. (2) is a sum, average_gradients took the mean
+        with torch.no_grad():
+            s.tau -= args.tau_lr * WORLD * s.tau.grad
+
+    # 5. The architecture's code, and the weights. The v of a weight that did not run in the last step starts at 0 [C]
     s.b_optimizer.step()
-    both = [p for p in s.velocity if p.grad is not None]  # theta+: moved in the last step, used in this
-    if both and not args.no_hpo:
-        d_lr, d_wd = hypergradient([p.grad for p in both], [s.velocity[p] for p in both], both, s.lr)
-        lr_step, wd_step = args.max_lr_step * s.lr, args.max_wd_step
-        s.lr.sub_((args.beta_lr * d_lr).clamp(-lr_step, lr_step)).clamp_(*LR_RANGE)  # Eq. (3)
-        s.wd.sub_((args.beta_wd * d_wd).clamp(-wd_step, wd_step)).clamp_(*WD_RANGE)  # Eq. (3)
+    nn.utils.clip_grad_norm_(ran, GRAD_CLIP)
+    s.velocity = {p: s.velocity[p] if p in s.velocity else torch.zeros_like(p) for p in ran}
+    sgd_step(ran, [p.grad for p in ran], list(s.velocity.values()), s.lr, s.wd)
 
-    nn.utils.clip_grad_norm_(theta, args.grad_clip)
-    s.velocity = {p: s.velocity[p] if p in s.velocity else torch.zeros_like(p) for p in theta}
-    sgd_step(theta, [p.grad for p in theta], list(s.velocity.values()), s.lr, s.wd)
-    return torch.stack([losses.mean(), 100 * (logits.argmax(1) == labels).float().mean()]).detach()
+    accuracy = 100 * (logits.argmax(1) == labels).float().mean()
+    return torch.stack([losses.mean(), accuracy]).detach()
 
-# -------- The loop: search and training are one -------------------------------------------------------------
 
-DHA_PRESETS = {  # where they differ from the flags' defaults, which are the CIFAR-10 settings
-    "quick": dict(dataset="shapes", search_epochs=3, train_epochs=4, channels=8, layers=3, batch_size=64,
-                  lr=0.05, beta_lr=3e-4, beta_wd=1e-3, tau_lr=0.25, arch_lr=3e-3, b_scale=0.1,
-                  drop_path=0.0, auxiliary_weight=0.0, cutout=0),
-    "imagenet": dict(dataset="imagenet", channels=48, layers=14, batch_size=128, train_epochs=250, lr=0.1,
-                     weight_decay=3e-5, warmup_epochs=5, label_smoothing=0.1, drop_path=0.0, cutout=0),
-    "mobilenet": dict(channels=32, layers=21, auxiliary_weight=0.0, drop_path=0.0),  # ProxylessNAS' size
-    "mobilenet quick": dict(channels=8, layers=11, search_epochs=2, train_epochs=6, beta_lr=1e-4,
-                            b_scale=0.5),
-}
+def decode_and_freeze(s: DHA, args: argparse.Namespace, image_size: int, last: bool) -> list[float] | None:
+    """End an epoch of search: decode alpha (Eq. 4), which may change the support, and freeze the nodes that have settled.
 
-progress = partial(tqdm, leave=False, disable=RANK > 0, mininterval=0.1 if sys.stderr.isatty() else 30)
-
-def epoch_means(meters: Tensor, learned: list[Tensor], epoch: int, flags: str) -> list[float]:
-    """Means over an epoch's steps of what was measured, (steps, n) -> n. FloatingPointError if not finite."""
-    if WORLD > 1:
-        dist.all_reduce(meters.div_(WORLD))
-    finite = meters.isfinite().all(1).tolist()
-    if not (all(finite) and all(p.isfinite().all() for p in learned)):
-        step = [*finite[:-1], False].index(False) + 1
-        raise FloatingPointError(f"the loss is not finite at epoch {epoch + 1}, step {step}: start again "
-                                 f"with a lower {flags}; the last good checkpoint is kept")
-    return meters.mean(0).tolist()
-
-def start_device(args: argparse.Namespace) -> torch.device:
-    """The device of --gpu, and the process group of torchrun, whose processes take a GPU each."""
-    gpus = torch.cuda.device_count()
-    gpu = min(gpus, 1) - 1 if args.gpu is None else args.gpu  # 0, or -1 without a GPU
-    if WORLD > 1:
-        gpu = int(os.environ["LOCAL_RANK"]) if gpu >= 0 else gpu
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
-    if gpu >= gpus or (gpu < 0 and args.amp):
-        raise InputError(f"no such GPU, this machine has {gpus}: --gpu -1, without --amp, is the CPU")
-    if gpu < 0:
-        full = args.preset != "quick" and not (args.evaluate or args.resume)
-        print("running on the CPU" + "; the paper's settings want a GPU" * full)
-        return torch.device("cpu")
-    print("running on", torch.cuda.get_device_name(gpu))
-    torch.cuda.set_device(gpu)
-    torch.backends.cudnn.benchmark = True
-    return torch.device("cuda", gpu)
-
-def load_data(args: argparse.Namespace, device: torch.device) -> Data:
-    """The data set of the flags, on the device. Raises InputError where nothing can be trained on it."""
-    if RANK:
-        dist.barrier()  # one process downloads while the others wait
-    names = "dataset data_dir image_size limit_train limit_test workers seed cache_gb skip_damaged".split()
-    data = common.load_data(*(getattr(args, name) for name in names))
-    if WORLD > 1 and RANK == 0:
-        dist.barrier()
-    H, W = data.train_images.shape[-2:]
-    if H != W or len(data.classes) < 2 or len(data.train_images) < 2:
-        raise InputError(f"images are {W}x{H}: --image-size makes them square; there must be 2, of 2 classes")
-    if (H < 29 or 64 <= H < 193) and getattr(args, "auxiliary_weight", 0):  # the imagenet stem from 64 on
-        raise InputError(f"{H} pixels are too few for the auxiliary head: give --auxiliary-weight 0")
-    return data.to(device)
-
-def overrun(net: SparseSupernet, args: argparse.Namespace, image_size: int) -> float:
-    """Eq. (1): the largest c_i(alpha) / C_i, of parameters and multiply-adds of the support's network."""
-    active = {p for k in range(len(net.frozen)) for op in net.operations(k) for p in op.parameters()}
-    idle = {*net.b.parameters(), *(p for cell in net.cells for p in cell.nodes.parameters())} - active
-    c = common.count_parameters(net) - sum(p.numel() for p in idle)
-    shares = [c / args.max_params if args.max_params else 0.0]
-    if args.max_flops:
-        shares.append(common.count_flops(net, image_size) / args.max_flops)
-    return max(shares)
-
-def within_limits(net: SparseSupernet, args: argparse.Namespace, image_size: int) -> bool:
-    return overrun(net, args, image_size) <= 1  # Eq. (1): c_i(alpha) <= C_i
-
-def start(args: argparse.Namespace, data: Data, device: torch.device) -> DHA:
-    """What a run begins with. While the support breaks the constraints, node after node gets a b that makes a
-    random operation its strongest, and keeps it if that comes nearer. InputError after 300 draws."""
-    torch.manual_seed(args.seed)
-    s, size = DHA(args, data, device), data.train_images.shape[-1]
-    if args.genotype:
-        s.theta = list(s.net.keep(common.parse_genotype(args.genotype, args.space)).parameters())
+    After the `last` epoch nothing is decoded any more, and all nodes freeze. When all are frozen, the network is pruned.
+    Returns how far each node's alpha moved; None where the new support breaks a limit of Eq. (1), and the last one stays.
+    """
+    searched = [k for k, frozen in enumerate(s.net.frozen) if not frozen]
+    distances = None
+    if last:
+        settled = searched
     else:
-        s.net.recover(args.lasso)
-    nearest = overrun(s.net, args, size)
-    for n in range(0 if args.genotype else 300):
-        if nearest <= 1:
-            break
-        b, A = s.net.b[n % len(s.net.b)], s.net.A[n % len(s.net.b)]
-        last, i = b.detach().clone(), int(torch.randint(int(A.any(0).sum()), ()))
-        b.data.copy_(args.b_scale * (A[:, i] + 0.02 * torch.randn_like(b)))  # alpha: about one-hot
-        s.net.recover(args.lasso)
-        found = overrun(s.net, args, size)
-        if found > nearest:
-            b.data.copy_(last)
-        nearest = min(nearest, found)
-    if nearest > 1:
-        raise InputError("no architecture to start with keeps --max-params and --max-flops: raise them")
-    return s
+        alpha = s.net.decode()
+        if overrun(s.net, s.net.support_of(alpha), args, image_size) > 1:
+            print("the new support breaks --max-params or --max-flops: the last one stays")
+            return None
+        distances = s.net.adopt(alpha)
+        settled = [k for k in searched if distances[k] <= FREEZE_DISTANCE and s.net.alpha_S[k].any()]
 
-def state_of(s: DHA) -> dict:
-    state = {"tau": s.tau.detach(), "lr": s.lr, "wd": s.wd, "net": s.net.state_dict()}
-    state |= {"support": s.net.support, "frozen": s.net.frozen}
-    state |= {"velocity": [s.velocity.get(p) for p in s.theta]}
-    return state | {"b_optimizer": s.b_optimizer.state_dict()}
-
-def restore(s: DHA, state: dict) -> None:
-    s.net.support = state["support"]
-    for k, frozen in enumerate(state["frozen"]):
-        if frozen and not s.net.frozen[k]:
-            s.net.freeze(k)
+    for k in settled:
+        s.net.freeze(k)
     if all(s.net.frozen):
-        s.theta = list(s.net.keep(s.net.genotype()).parameters())
-    s.net.load_state_dict(state["net"])
-    for mine, saved in ((s.tau.data, state["tau"]), (s.lr, state["lr"]), (s.wd, state["wd"])):
-        mine.copy_(saved)
-    pairs = [(p, v) for p, v in zip(s.theta, state["velocity"]) if v is not None]
-    s.velocity = {p: torch.zeros_like(p).copy_(v) for p, v in pairs}
-    s.b_optimizer.load_state_dict(state["b_optimizer"])
+        s.prune(s.net.genotype())
+    return distances
 
-def search_and_train(s: DHA, args: argparse.Namespace, data: Data, run: argparse.Namespace) -> None:
-    """At most --search-epochs until every node is frozen, then --train-epochs with the same weights."""
-    images, labels, device = data.train_images, data.train_labels, data.train_images.device
-    fits = partial(within_limits, s.net, args, images.shape[-1])
-    if run.history:
-        restore(s, run.state["dha"])
-    searched = sum(record["phase"] == "search" for record in run.history)
-    while not all(s.net.frozen) or len(run.history) < searched + args.train_epochs:
-        begun, epoch, phase = time.time(), len(run.history), "train" if all(s.net.frozen) else "search"
-        seed, share = args.seed * 100_003 + epoch, (epoch - searched) / max(args.train_epochs, 1)
-        torch.manual_seed(seed * 1_009 + RANK)  # every epoch: a resumed run needs no generator's state
-        s.net.train().drop_path_prob = args.drop_path * share
-        if args.no_hpo:  # ISTA-NAS: constant while searching, then cosine to lr / 25
-            s.lr.fill_(args.lr * (0.04 + 0.48 * (1 + math.cos(math.pi * share))))
-        if epoch < args.warmup_epochs:  # Eq. (3) moves it from there on
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_dha(args: argparse.Namespace, device: torch.device) -> None:
+    """Search and train one network; the run directory --out holds all that comes out."""
+    out = Path(args.out)
+    if (out / "result.json").exists():
+        print(f"{out} is finished already:", (out / "result.json").read_text())
+        return
+    data = load_data(args, device)
+    steps = len(common.batches(len(data.train_images), args.batch_size, 0, RANK, WORLD))
+    image_size = data.train_images.shape[-1]
+
+    # The architecture: given, or searched from a random start. A resumed run reads its own copy
+    torch.manual_seed(args.seed)
+    s = DHA(args, data, device)
+    if args.genotype:
+        copy = out / "genotype.json"
+        s.prune(common.load_genotype(copy if copy.exists() else args.genotype, args.space))
+    if overrun(s.net, s.net.support, args, image_size) > 1:
+        if args.genotype:
+            raise InputError("the genotype breaks --max-params or --max-flops")
+        start_within_limits(s.net, args, image_size)
+
+    directory = RunDirectory(args, device, RANK, WORLD)
+    history = directory.history  # a record per epoch
+    if history:
+        s.load_state_dict(directory.state["dha"])
+    elif args.genotype and RANK == 0:
+        common.save_genotype(s.net.genotype(), out / "genotype.json")
+
+    # Search until every node is frozen, then train
+    searched = sum(record["phase"] == "search" for record in history)
+    while not all(s.net.frozen) or len(history) < searched + args.train_epochs:
+        begun = time.time()
+        epoch = len(history)
+        searching = not all(s.net.frozen)
+        progress = 0.0 if searching else (epoch - searched) / args.train_epochs
+        s.net.train()
+        s.net.drop_path_prob = args.drop_path * progress
+        if args.no_hpo:  # constant while searching, then from lr to lr / 25 along half a cosine [A: ISTA-NAS]
+            s.lr.fill_(args.lr * (0.04 + 0.96 * (1 + math.cos(math.pi * progress)) / 2))
+        if epoch < args.warmup_epochs:
             s.lr.fill_(args.lr * (epoch + 1) / args.warmup_epochs)
-        order = common.batches(len(images), args.batch_size, seed, RANK, WORLD).to(device)
-        meters = torch.zeros(len(order), 2, device=device)
-        bar = progress(common.loader(images, labels, order, True), f"{phase}, epoch {epoch + 1}", len(order))
-        for step, (x, y) in enumerate(bar):
-            meters[step] = train_step(s, x, y, args)
-            if step % 20 == 19:
-                means = meters[: step + 1].mean(0).tolist() + [float(s.lr), float(s.wd)]
-                bar.set_postfix_str("loss {:.3f} {:.1f}% lr {:.4f} wd {:.1e}".format(*means), refresh=False)
-        learned = [*s.velocity, *s.net.b, s.tau, s.lr, s.wd]
-        loss, accuracy = epoch_means(meters, learned, epoch, "--lr, --beta-lr or --tau-lr")
-        test = evaluate(s.net, data.test_images, data.test_labels, s.mean, s.std, RANK, WORLD)
-        record = {"epoch": epoch + 1, "phase": phase, "loss": loss, "train_accuracy": accuracy}
-        record |= {"test_accuracy": test, "lr": float(s.lr), "wd": float(s.wd), "frozen": sum(s.net.frozen)}
-        record["entropy"] = float(torch.special.entr(s.tau.detach().flatten().softmax(0)).sum())  # nats
-        skips = s.net.skip_connects()
-        record |= {"support": s.net.support, "skip_connects": skips}  # as trained; what follows changes it
-        if phase == "search":
-            if skips > len(s.net.frozen) // 2:
-                print("warning: most operations of the normal cell, or layers, are skip-connections")
-            fixed = [k for k, frozen in enumerate(s.net.frozen) if not frozen]  # as last trained
-            if epoch + 1 < args.search_epochs:
-                moved = record["moved"] = s.net.recover(args.lasso, fits)
-                if not moved:
-                    print("the new support breaks --max-params or --max-flops: the last one stays")
-                near = [k for k, distance in enumerate(moved) if distance <= args.freeze_distance]
-                fixed = [k for k in fixed if k in near and s.net.alpha_S[k].any()]
-            for k in fixed:
-                s.net.freeze(k)
-            if all(s.net.frozen):
-                s.theta = list(s.net.keep(s.net.genotype()).parameters())
-            searched += 1
-        end_epoch(run, record, begun, dha=state_of(s))
 
-@torch.no_grad()
-def evaluate(net: nn.Module, images: Tensor | Photos, labels: Tensor, mean: Tensor, std: Tensor,
-             rank: int = 0, world: int = 1) -> float:
-    """Accuracy in % on a data set's images, shared by the processes; leaves the network's mode as it was."""
-    training, order = net.training, torch.arange(len(labels), device=labels.device)[rank::world]
-    if world > 1:
-        for buffer in net.buffers():  # the running statistics of batch norm are rank 0's
-            dist.broadcast(buffer, 0)
-    counts = torch.zeros(2, device=labels.device)  # correct, seen
-    net.eval()
-    for x, y in common.loader(images, labels, order.split(500 if images.shape[3] < 64 else 50), train=False):
-        counts[0] += (net(common.normalize(x, mean, std)).argmax(1) == y).sum()
-        counts[1] += len(y)
-    net.train(training)
-    if world > 1:
-        dist.all_reduce(counts)
-    correct, seen = counts.tolist()
-    return 100 * correct / seen
+        # One seed per epoch: a resumed run goes on as if it had never stopped
+        seed = 100_003 * args.seed + epoch
+        torch.manual_seed(1_009 * seed + RANK)
+        order = common.batches(len(data.train_images), args.batch_size, seed, RANK, WORLD).to(device)
+        batches = common.loader(data.train_images, data.train_labels, order, train=True)
+        totals = torch.zeros(2, device=device)
+        for images, labels in tqdm(batches, f"epoch {epoch + 1}", steps, leave=False, disable=RANK > 0 or None):
+            totals += train_step(s, images, labels, args)
+
+        learned = [*s.velocity, *s.net.b, s.tau, s.lr, s.wd]
+        loss, accuracy = finite_means(totals / steps, learned, epoch + 1, "--lr, --beta-lr or --tau-lr")
+
+        # The epoch's record. The test set decides nothing; it is only watched
+        test_accuracy = 0.0
+        if RANK == 0:
+            test_accuracy = evaluate(s.net, data.test_images, data.test_labels, s.mean, s.std)
+        skips, operations = s.net.skip_connects()
+        p = s.tau.detach().flatten().softmax(0)
+        record = {
+            "epoch": epoch + 1,
+            "phase": "search" if searching else "train",
+            "loss": loss,
+            "train_accuracy": accuracy,
+            "test_accuracy": test_accuracy,
+            "lr": float(s.lr),
+            "wd": float(s.wd),
+            "entropy": float(torch.special.entr(p).sum()),  # of p(tau), in nats; 5.278 when all pairs are alike
+            "frozen": sum(s.net.frozen),
+            "skip_connects": skips,
+            "support": s.net.support,
+        }
+        if searching and skips > operations // 2:
+            print(f"warning: {skips} of {operations} operations are skip-connections: the search may be collapsing")
+
+        if searching:
+            searched += 1
+            record["moved"] = decode_and_freeze(s, args, image_size, last=searched == args.search_epochs)
+        print(
+            f"epoch {epoch + 1}  {record['phase']}  loss {loss:.3f}  train {accuracy:.1f} %  "
+            f"test {test_accuracy:.1f} %  lr {s.lr:.4f}  wd {s.wd:.1e}  frozen {record['frozen']}"
+        )
+        directory.end_epoch(record, time.time() - begun, dha=s.state_dict())
+
+    if RANK == 0:
+        save_dha(s, args, data, directory)
+
+
+def save_dha(s: DHA, args: argparse.Namespace, data: common.Data, directory: "RunDirectory") -> None:
+    """Write genotype.json, policy.json, model.pt, the figures, and at last result.json, which says that all is there."""
+    out = directory.out
+    net = s.net
+    net.auxiliary = None
+    genotype = net.genotype()
+    common.save_genotype(genotype, out / "genotype.json")
+    p = s.tau.detach().cpu().flatten().softmax(0).view(s.tau.shape)
+    if not args.no_da:
+        save(out / "policy.json", {"operations": list(AUGMENTATIONS), "probability": p.tolist()})
+
+    image_size = data.train_images.shape[-1]
+    accuracy = evaluate(net, data.test_images, data.test_labels, s.mean, s.std)
+    model = {
+        "state_dict": {name: value.cpu() for name, value in net.state_dict().items()},
+        "genotype": str(genotype),
+        "space": args.space,
+        "channels": args.channels,
+        "layers": args.layers,
+        "stem": common.stem_for(data.train_images),
+        "classes": data.classes,
+        "image_size": image_size,
+        "mean": s.mean.cpu(),
+        "std": s.std.cpu(),
+    }
+    save(out / "model.pt", model)
+    draw_dha(directory, net, None if args.no_da else p)
+
+    method = "given genotype" if args.genotype else "DHA"
+    if args.no_da:
+        method += " without DA"
+    if args.no_hpo:
+        method += " without HPO"
+    if method == "DHA without DA without HPO":
+        method = "One-Stage ISTA"
+    result = {
+        "test_accuracy": accuracy,
+        "method": method,
+        "dataset": args.dataset,
+        "seed": args.seed,
+        "params": common.count_parameters(net),
+        "flops": common.count_flops(net, image_size),
+        "genotype": str(genotype),
+        **directory.costs(),
+    }
+    save(out / "result.json", result)
+    print(json.dumps(result, indent=1))
+
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[SparseSupernet, dict]:
-    """The network in a model.pt, in eval mode, and what else the file holds (classes, mean, std, image_size).
+    """The network in a model.pt, in eval mode, and what else the file holds (classes, mean, std, image_size, ...).
 
     It takes images normalised with that mean and std: common.normalize(images, info["mean"], info["std"]).
     """
     try:
         info = torch.load(path, map_location=device, weights_only=True)
-        size, kind = (info["channels"], len(info["classes"]), info["layers"]), (info["space"], info["stem"])
-        net = SparseSupernet(*size, False, 1e-3, *kind)
-        net.keep(common.parse_genotype(info["genotype"], info["space"]))
+        build = MobileSupernet if info["space"] == "mobilenet" else SparseSupernet
+        net = build(info["channels"], len(info["classes"]), info["layers"], stem=info["stem"])
+        net.prune(common.parse_genotype(info["genotype"], info["space"]))
         net.load_state_dict(info.pop("state_dict"))
-    except Exception as e:  # a damaged file can make the unpickler raise anything
-        raise InputError(f"cannot read the model {path}: {type(e).__name__}: {e}".splitlines()[0]) from e
+    except Exception as error:  # a damaged file can make the unpickler raise anything
+        raise InputError(f"cannot read the model {path}: {type(error).__name__}") from error
     return net.to(device).eval(), info
 
 
-# =============================================================================
-# Nothing below this line is the method: run directory, figures, flags, main.
-# =============================================================================
+def draw_dha(directory: "RunDirectory", net: SparseSupernet, p: Tensor | None) -> None:
+    """curves.png, support.png, policy.png of p (14, 14), and cells.png or layers.png."""
+    if Figure is None:
+        print("no figures: matplotlib is missing (pip install matplotlib)")
+        return
+    out, history = directory.out, directory.history
+    curves = {
+        "loss (nats)": ["loss"],
+        "accuracy (%)": ["train_accuracy", "test_accuracy"],
+        "learning rate": ["lr"],
+        "weight decay": ["wd"],
+    }
+    draw_curves(out / "curves.png", history, curves)
+    if isinstance(net, MobileSupernet):
+        draw_layers(out / "layers.png", net)
+    else:
+        draw_cells(out / "cells.png", net.genotype())
 
-def save(path: Path, content: dict) -> None:
-    """Write a .pt or .json file whole or not at all; keep the last checkpoint as checkpoint.previous.pt."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            if path.suffix == ".pt":
-                torch.save(content, file)
-            else:
-                file.write(json.dumps(content, indent=1).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as e:
-        part.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {e}") from e
-    if path.name == "checkpoint.pt" and path.exists():
-        os.replace(path, path.with_name("checkpoint.previous.pt"))
-    os.replace(part, path)
-
-def load_checkpoint(out: Path) -> dict:
-    """The newest checkpoint in `out` that can be read, {} if there is none. InputError if all are damaged."""
-    found = [out / name for name in ("checkpoint.pt", "checkpoint.previous.pt") if (out / name).exists()]
-    for path in found:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            return state | {"history": state["history"]}  # a KeyError in another kind of file
-        except Exception as e:  # a damaged file can make the unpickler raise anything
-            print(f"warning: {path} cannot be read ({type(e).__name__})")
-    if found:
-        raise InputError(f"no checkpoint in {out} can be read: delete {out} and start the run again")
-    return {}
-
-def read_json(path: Path, *names: str) -> dict:
-    """What a config.json or result.json holds, args included. InputError, also where one of `names` lacks."""
-    try:
-        content = json.loads(path.read_text())
-        content = content.get("args", {}) | content
-        return content | {name: content[name] for name in names}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
-        raise InputError(f"cannot use {path}: {type(e).__name__}: {e}") from e
-
-def settings_of_run(args: argparse.Namespace, argv: list[str], seed: int) -> argparse.Namespace:
-    """The settings of one seed, `out` among them; those of its config.json where --resume goes on with it.
-    Writes nothing. Raises InputError where `out` holds something else, or a flag in argv is not the run's."""
-    script, free = Path(__file__), "out resume repeats check gpu workers cache_gb data_dir".split()
-    out = Path(args.out or f"runs/{script.stem}-{args.dataset}-seed{seed}")
-    out = out / f"seed{seed}" if args.out and args.repeats > 1 else out
-    now = vars(args) | {"seed": seed, "out": str(out)}
-    begun = {"metrics.jsonl", "config.json.part", script.name}  # what a run has before its config.json
-    if args.resume and (out / "config.json").exists():
-        about = read_json(out / "config.json", "args", "script", *now)
-        if (about["script"], len(about["args"])) != (script.name, len(now)):
-            raise InputError(f"{out} is by {about['script']}, or outdated")
-        own = {"out": str(out)} if args.repeats == 1 else {"out": str(out), "seed": seed}
-        now = vars(parse_args(argv, about["args"])) | own
-        for name in sorted(now.keys() - free):
-            if now[name] != about["args"][name]:
-                raise InputError(f"{out} was started with {name} = {about['args'][name]}: leave it out")
-    elif out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= begun):
-        raise InputError(f"{out} exists: choose another --out, or give a run's own flags and --resume")
-    return argparse.Namespace(**now)
-
-def open_run(args: argparse.Namespace, device: torch.device) -> argparse.Namespace:
-    """Make the run directory --out, or go on with it: metrics.jsonl and its lock, config.json, the script.
-    Returns out, log (metrics.jsonl, locked while the process lives), state (checkpoint), history, seconds."""
-    out, script = Path(args.out), Path(__file__)
-    out.mkdir(parents=True, exist_ok=True)
-    log = open(out / "metrics.jsonl", "a")
-    try:
-        if RANK == 0:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"another process is writing {out}: wait for it, or choose another --out") from None
-    state = {"history": [], "seconds": {}} | load_checkpoint(out)
-    if RANK == 0:
-        log.truncate(0)
-        log.writelines(json.dumps(record) + "\n" for record in state["history"])
-        log.flush()
-    if RANK == 0 and not (out / "config.json").exists():
-        (out / script.name).write_bytes(script.read_bytes())
-        git = f"git -C {shlex.quote(str(script.parent))} rev-parse HEAD 2> {os.devnull}"
-        about = {"script": script.name, "args": vars(args), "processes": WORLD, "device": str(device)}
-        about |= {"torch": torch.__version__, "torchvision": torchvision.__version__, "python": sys.version}
-        save(out / "config.json", about | {"git_commit": subprocess.getoutput(git) or None})
-    return argparse.Namespace(out=out, log=log, state=state, **{k: state[k] for k in ("history", "seconds")})
-
-def end_epoch(run: argparse.Namespace, record: dict, start: float, **parts: dict) -> None:
-    """Print an epoch's record, append it to metrics.jsonl, and save the checkpoint with `parts`."""
-    run.history.append(record)
-    for key, count in ((record["phase"], 1), ("processes", WORLD)):
-        run.seconds[key] = run.seconds.get(key, 0.0) + count * (time.time() - start)
-    if RANK == 0:
-        save(run.out / "checkpoint.pt", {"history": run.history, "seconds": run.seconds} | parts)
-        print(json.dumps(record), file=run.log, flush=True)
-        numbers = [f"{name} {v:.4g}" for name, v in record.items() if isinstance(v, (int, float))]
-        print(record["phase"], *numbers, f"{time.time() - start:.0f} s", sep="  ", flush=True)
-
-def run_dha(args: argparse.Namespace, device: torch.device) -> dict:
-    """Search and train one network into the run directory --out; returns what its result.json holds."""
-    out = Path(args.out)
-    if (out / "result.json").exists():
-        print(f"{out} is finished already")
-        return read_json(out / "result.json")
-    data = load_data(args, device)
-    common.batches(len(data.train_images), args.batch_size, 0, RANK, WORLD)  # an error now, if there is one
-    s = start(args, data, device)
-    if args.check:
-        return {"check": "passed"}
-    run = open_run(args, device)
-    search_and_train(s, args, data, run)
-    if RANK:
-        return {}
-    net, genotype, size = s.net, s.net.genotype(), data.train_images.shape[-1]
-    net.auxiliary = None
-    method = ("given genotype" if args.genotype else "DHA") + " without DA" * args.no_da
-    method = (method + " without HPO" * args.no_hpo).replace("DHA without DA without HPO", "One-Stage ISTA")
-    result = {
-        "test_accuracy": evaluate(net, data.test_images, data.test_labels, s.mean, s.std), "method": method,
-        "train_loss": run.history[-1]["loss"], "dataset": args.dataset, "seed": args.seed,
-        "params": common.count_parameters(net), "flops": common.count_flops(net, size),
-        "epochs": len(run.history), "search_epochs": sum(r["phase"] == "search" for r in run.history),
-        "seconds": run.seconds.get("search", 0.0) + run.seconds.get("train", 0.0), "genotype": str(genotype),
-        "search_seconds": run.seconds.get("search", 0.0), "gpu_hours": run.seconds["processes"] / 3600}
-    common.save_genotype(genotype, out / "genotype.json")
-    p = s.tau.detach().cpu().flatten().softmax(0).view(s.tau.shape)
-    if not args.no_da:
-        save(out / "policy.json", {"operations": list(AUGMENTATIONS), "probability": p.tolist()})
-    info = {"stem": common.stem_for(data.train_images), "classes": data.classes, "image_size": size}
-    info |= {name: getattr(args, name) for name in ("channels", "layers", "space")}
-    info |= {"genotype": str(genotype), "mean": s.mean.cpu(), "std": s.std.cpu()}
-    save(out / "model.pt", info | {"state_dict": net.cpu().state_dict()})
-    try:
-        draw_dha(out, run.history, net, None if args.no_da else p)
-    except Exception as e:  # whatever matplotlib raises: a trained network is not lost for a picture
-        print(f"warning: not all figures could be drawn: {type(e).__name__}: {e}")
-    save(out / "result.json", result)
-    return result
-
-def evaluate_run(argv: list[str], folder: Path, net: nn.Module, info: dict, device: torch.device) -> int:
-    """--evaluate: the test accuracy of a finished run's network, on the run's data set if argv names none."""
-    names = "dataset data_dir image_size limit_test seed".split()
-    saved = read_json(folder / "config.json", *names)
-    own = {name: saved[name] for name in names} | {"auxiliary_weight": 0.0, "limit_train": 2}
-    data = load_data(parse_args(argv, own), device)
-    if data.classes != info["classes"]:
-        raise InputError(f"the data set has other classes than the model: {info['classes'][:3]} ...")
-    accuracy = evaluate(net, data.test_images, data.test_labels, info["mean"], info["std"])
-    print(f"test accuracy: {accuracy:.2f} % of {len(data.test_images)} images")
-    return 0
-
-def draw_run(out: Path, history: list[dict], genotype: Genotype | None, panels: dict[str, list[str]]):
-    """Draw the cells, and curves from metrics.jsonl (panels: title -> names). Returns pyplot or None."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return print("no figures: matplotlib is missing (pip install matplotlib)")
-    plt.switch_backend("agg")
-    if genotype:
-        figure, axes = plt.subplots(2, 1, figsize=(10, 6.4))
-        common.draw_cell(genotype.normal, genotype.normal_concat, axes[0], "Normal cell")
-        common.draw_cell(genotype.reduce, genotype.reduce_concat, axes[1], "Reduction cell")
-        figure.savefig(out / "cells.png", bbox_inches="tight", dpi=150)
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), layout="constrained")
-    for axis, (title, names) in zip(axes, panels.items()):
-        for name in names:
-            records = [r for r in history if name in r]
-            axis.plot([r["epoch"] for r in records], [r[name] for r in records], ".-", label=name)
-        axis.set(title=title, xlabel="epoch (dashed: the search ends)")
-        axis.locator_params(axis="x", integer=True)
-        axis.axvline(0.5 + sum(r["phase"] != "train" for r in history), color="0.5", linestyle="--")
-        axis.legend()
-    figure.savefig(out / "curves.png", dpi=150)
-    return plt
-
-def draw_dha(out: Path, history: list[dict], net: SparseSupernet, p: Tensor | None) -> None:
-    """Write the figures of a run; p (14, 14) is the policy at the end."""
-    genotype, kept, acc = net.genotype(), net.kept, ["train_accuracy", "test_accuracy"]
-    panels = {"loss (nats)": ["loss"], "accuracy (%)": acc, "learning rate": ["lr"], "weight decay": ["wd"]}
-    plt = draw_run(out, history, genotype if kept == 2 else None, panels)
-    if plt and kept == 1:
-        figure, axis = plt.subplots(figsize=(max(0.5 * len(genotype), 5), 2.6), layout="constrained")
-        for i, (layer, name) in enumerate(zip(net.cells, genotype)):
-            axis.bar(i, {"3": 3, "5": 5, "7": 7}.get(name[-1], 0), color=("#56B4E9", "#0072B2")["6_" in name])
-            axis.text(i, 0.2, f"{layer.width}{' /2' * (layer.stride == 2)}", ha="center", fontsize=8)
-        axis.set(yticks=[3, 5, 7], ylim=(0, 7.5), ylabel="kernel", xlabel="layer (width /stride; dark: x 6)")
-        figure.savefig(out / "layers.png", dpi=150)
-    if plt and p is not None:
-        figure, axis = plt.subplots(figsize=(7.5, 6.4), layout="constrained")
+    if p is not None:
+        figure = Figure(figsize=(7.5, 6.4), layout="constrained")
+        axis = figure.subplots()
         figure.colorbar(axis.imshow(100 * p.numpy()), label="probability of the pair (%; uniform: 0.51)")
-        axis.set_xticks(range(14), AUGMENTATIONS, rotation=90)
-        axis.set_yticks(range(14), AUGMENTATIONS)
+        axis.set_xticks(range(len(p)), AUGMENTATIONS, rotation=90)
+        axis.set_yticks(range(len(p)), AUGMENTATIONS)
         axis.set(xlabel="second operation", ylabel="first operation", title="Policy at the end")
         figure.savefig(out / "policy.png", dpi=150)
-    search = [r for r in history if r["phase"] == "search"]
-    if plt and search:
-        figure, axis = plt.subplots(figsize=(min(6 + 0.5 * len(search), 16), 7), layout="constrained")
-        cells = dict(cmap=plt.matplotlib.colors.ListedColormap(common.OPERATION_COLORS[1:]), edgecolor="w")
-        for r in search:
-            edges = [edge for node in r["support"] for edge in node]  # of (operation, state)
-            x, column = [r["epoch"] - 0.5, r["epoch"] + 0.5], [[net.ops.index(name)] for name, _ in edges]
-            image = axis.pcolormesh(x, range(len(edges) + 1), column, vmin=-0.5, vmax=6.5, **cells)
-            for y, (_, state) in enumerate(edges):
-                axis.text(r["epoch"], y + 0.5, str(state) * (kept == 2), ha="center", va="center", fontsize=8)
-        figure.colorbar(image, ticks=range(7)).ax.set_yticklabels(net.ops)
-        axis.set_yticks([kept * (k + 0.5) for k in range(len(net.frozen))], range(len(net.frozen)))
-        axis.locator_params(axis="x", integer=True)
-        axis.set(xlabel="epoch", ylim=(y + 1, 0), ylabel="layer, or node (0-3: normal cell) and state read")
+
+    # What every node kept, epoch by epoch: the operation is the colour, the state that it reads the number
+    search = [record for record in history if record["phase"] == "search"]
+    if search:
+        columns = [sum(record["support"], []) for record in search]  # of (operation, state)
+        image = torch.zeros(len(columns[0]), len(search))
+        figure = Figure(figsize=(min(6 + 0.5 * len(search), 16), 7), layout="constrained")
+        axis = figure.subplots()
+        for x, column in enumerate(columns):
+            for y, (name, state) in enumerate(column):
+                image[y, x] = net.ops.index(name)
+                if net.kept > 1:
+                    axis.text(x, y, str(state), ha="center", va="center", fontsize=8)
+        colors = common.OPERATION_COLORS[1:]
+        mesh = axis.imshow(image, cmap=ListedColormap(colors), vmin=-0.5, vmax=len(colors) - 0.5, aspect="auto")
+        figure.colorbar(mesh, ticks=range(len(colors))).ax.set_yticklabels(net.ops)
+        nodes = range(len(net.states))
+        axis.set_xticks(range(len(search)), [record["epoch"] for record in search])
+        axis.set_yticks([net.kept * k + (net.kept - 1) / 2 for k in nodes], nodes)
+        axis.set(xlabel="epoch", ylabel="layer, or node (0-3: normal cell) and state that it reads")
         figure.savefig(out / "support.png", dpi=150)
-        plt.close("all")
 
-LEAST = dict(  # the least value of flags, where it is not 1 for whole numbers and 0 for others
-    gpu=-1, seed=0, train_epochs=0, warmup_epochs=0, cutout=0, batch_size=2, search_batch_size=2,
-    limit_train=2, image_size=8, channels=2, search_channels=2, layers=3, search_layers=3, search_images=4,
-    faa_images=4, faa_batch_size=4)
 
-class Parser(argparse.ArgumentParser):
-    """argparse with the flags that every script has, presets, and mistakes reported in one line."""
-    def __init__(self, doc: str):
-        layout = lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=34, width=110)
-        super().__init__(description=doc.split("\n\n")[0], formatter_class=layout, allow_abbrev=False)
-        add = self.add_argument_group("what to run, on what").add_argument
-        add("--preset", choices=["paper", "quick", "imagenet"], default="paper", help="other flags win")
-        add("--dataset", choices=common.DATASETS, default="cifar10", help="data set")
-        add("--data-dir", default="data", help="where data sets are, or are downloaded to")
-        add("--image-size", type=int, help="scale to this side; None: 224 for photographs, else as they are")
-        add("--limit-train", type=int, help="use only so many training images")
-        add("--limit-test", type=int, help="use only so many test images")
-        add("--workers", type=int, default=4, help="threads or processes that read image files")
-        add("--cache-gb", type=float, default=8.0, help="photographs that fit are kept in memory (a process)")
-        add("--skip-damaged", action="store_true", help="leave out image files that cannot be read")
-        add("--seed", type=int, default=0, help="seed of everything random")
-        add("--repeats", type=int, default=1, help="run seeds S..S+R-1 and report mean and std")
-        add("--out", help="run directory; None: runs/<script>-<dataset>-seed<seed>")
-        add("--resume", action="store_true", help="go on with the run in --out, or start it if there is none")
-        add("--evaluate", metavar="DIR", help="print the test accuracy of the finished run in DIR and stop")
-        add("--check", action="store_true", help="check flags and data, start no run, and stop")
-        add("--gpu", type=int, help="GPU number, -1 for the CPU; None: 0 if there is one")
-        add("--amp", action="store_true", help="bfloat16 autocast (GPU only)")
+def draw_curves(path: Path, history: list[dict], panels: dict[str, list[str]]) -> None:
+    """A panel for each title, with the named numbers of the records over the epochs; dashed: the search ends."""
+    figure = Figure(figsize=(4 * len(panels), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(panels))
+    search_ends = 0.5 + sum(record["phase"] != "train" for record in history)
+    for axis, (title, names) in zip(axes, panels.items()):
+        for name in names:
+            records = [record for record in history if name in record]
+            axis.plot([record["epoch"] for record in records], [record[name] for record in records], ".-", label=name)
+        axis.axvline(search_ends, color="0.5", linestyle="--")
+        axis.set(title=title, xlabel="epoch")
+        axis.locator_params(axis="x", integer=True)
+        axis.legend()
+    figure.savefig(path, dpi=150)
 
-    def settings(self, argv: list[str], presets: dict, saved: dict) -> tuple[argparse.Namespace, list[str]]:
-        """What argv says, over `saved`, over the presets that it chose; and what in argv is not known."""
-        first = self.parse_known_args(argv)[0]
-        for words, values in presets.items():
-            if set(words.split()) <= {first.preset, getattr(first, "space", None)}:
-                self.set_defaults(**values)
-        self.set_defaults(**saved)
-        args, rest = self.parse_known_args(argv)
-        for name, value in vars(args).items():
-            least = LEAST.get(name, int(type(value) is int))
-            end = 1 if name in ("drop_path", "label_smoothing") else 1e10
-            if type(value) in (int, float) and not least <= value < end:
-                self.error(f"--{name.replace('_', '-')} must be from {least} to below {end:g}, not {value}")
-        genotype = getattr(args, "genotype", None)
-        if genotype and genotype != saved.get("genotype"):  # itself: a run does not depend on the file
-            args.genotype = str(common.load_genotype(genotype, getattr(args, "space", "cells")))
-        return args, rest
 
-    def error(self, message: str) -> None:
-        raise InputError(f"{message} (see --help)")
+def draw_cells(path: Path, genotype: Genotype) -> None:
+    """The normal cell above the reduction cell."""
+    figure = Figure(figsize=(10, 6.4))
+    upper, lower = figure.subplots(2, 1)
+    common.draw_cell(genotype.normal, genotype.normal_concat, upper, "Normal cell")
+    common.draw_cell(genotype.reduce, genotype.reduce_concat, lower, "Reduction cell")
+    figure.savefig(path, bbox_inches="tight", dpi=150)
 
-def parse_args(argv: list[str], saved: dict = {}) -> argparse.Namespace:
-    """The settings; what argv does not say is as in `saved`, then as in the preset."""
-    parser = Parser(__doc__)
-    add = parser.add_argument_group("network and training").add_argument
-    add("--search-epochs", type=int, default=120, help="most epochs until the architecture is fixed")
-    add("--train-epochs", type=int, default=600, help="epochs after it is fixed, same weights")
-    add("--batch-size", type=int, default=96, help="images a step, over all GPUs")
-    add("--channels", type=int, default=36, help="channels of the first cells (even)")
-    add("--layers", type=int, default=20, help="cells; reductions at 1/3 and 2/3")
-    add("--lr", type=float, default=0.025, help="learning rate at the start")
-    add("--weight-decay", type=float, default=3e-4, help="weight decay at the start")
-    add("--grad-clip", type=float, default=5.0, help="largest norm of the weights' gradient")
-    add("--auxiliary-weight", type=float, default=0.4, help="loss weight of the auxiliary head")
-    add("--label-smoothing", type=float, default=0.0, help="share of the label given to all classes alike")
-    add("--warmup-epochs", type=int, default=0, help="epochs in which lr rises to --lr, linearly")
-    add("--drop-path", type=float, default=0.2, help="drop-path probability at the end of training")
-    add("--cutout", type=int, default=16, help="side of the cutout square in pixels")
-    add = parser.add_argument_group("data augmentation (DA)").add_argument
-    add("--no-da", action="store_true", help="no augmentation policy (crop, flip and cutout stay)")
-    add("--tau-lr", type=float, default=5e-4, help="learning rate of tau in Eq. 2")
-    add = parser.add_argument_group("hyper-parameters (HPO)").add_argument
-    add("--no-hpo", action="store_true", help="keep lr and wd; lr falls by cosine once the search is over")
-    add("--beta-lr", type=float, default=1e-5, help="beta of Eq. 3 for the learning rate")
-    add("--beta-wd", type=float, default=1e-5, help="beta of Eq. 3 for the weight decay")
-    add("--max-lr-step", type=float, default=0.1, help="most that a step of Eq. 3 moves lr, as a share of it")
-    add("--max-wd-step", type=float, default=1e-5, help="most that a step of Eq. 3 moves the weight decay")
-    add = parser.add_argument_group("architecture (NAS)").add_argument
-    add("--space", choices=SPACES, default="cells", help="cells, or --layers 5 n + 1, --channels the stem's")
-    add("--genotype", metavar="NAME|FILE", help=f"no search: {', '.join(common.GENOTYPES)} or a file")
-    add("--arch-lr", type=float, default=3e-4, help="Adam's learning rate for b")
-    add("--b-scale", type=float, default=1e-3, help="standard deviation of b's first values")
-    add("--lasso", type=float, default=1e-5, help="lambda of Eq. 4")
-    add("--freeze-distance", type=float, default=1e-3, help="a node freezes if its alpha moved no more")
-    add("--max-params", type=int, help="Eq. 1: reject supports whose network has more parameters")
-    add("--max-flops", type=int, help="Eq. 1: reject supports with more multiply-adds an image")
-    args, rest = parser.settings(argv, DHA_PRESETS, saved)
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if args.channels % 2:
-        parser.error("channels must be even: a factorized reduction splits them in two")
-    if args.space == "mobilenet" and (args.layers < 6 or args.layers % 5 != 1 or args.auxiliary_weight):
-        parser.error("--space mobilenet has 6, 11, 16, 21, ... layers and no auxiliary head")
-    if args.genotype and not args.train_epochs:
-        parser.error("--genotype with --train-epochs 0 leaves nothing to do")
-    for name, (low, high) in (("lr", LR_RANGE), ("weight_decay", WD_RANGE)):
-        if not (args.no_hpo or low <= getattr(args, name) <= high):
-            parser.error(f"{name} must lie in [{low}, {high}] where Eq. 3 learns it; or give --no-hpo")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Around a run: device, data, evaluation, files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def join_processes(args: argparse.Namespace) -> None:
+    """Under torchrun: join the process group, and give every process a GPU of its own."""
+    if WORLD > 1:
+        dist.init_process_group("gloo" if args.gpu < 0 else "cpu:gloo,cuda:nccl")
+        if args.gpu >= 0:
+            args.gpu = int(os.environ["LOCAL_RANK"])
+
+
+def device_of(gpu: int) -> torch.device:
+    """The CPU for -1, else that GPU, set up for speed. Raises InputError if there is no such GPU."""
+    if gpu < 0:
+        return torch.device("cpu")
+    if gpu >= torch.cuda.device_count():
+        raise InputError(f"no GPU {gpu}: this machine has {torch.cuda.device_count()}; --gpu -1 is the CPU")
+    torch.cuda.set_device(gpu)
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")  # TF32
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    return torch.device("cuda", gpu)
+
+
+def load_data(args: argparse.Namespace, device: torch.device) -> common.Data:
+    """The data set of the flags, on the device. Raises InputError where a network cannot be trained on it."""
+    if RANK > 0:
+        dist.barrier()  # process 0 may have to download it
+    data = common.load_data(
+        args.dataset, args.data_dir, args.image_size, args.limit_train, args.limit_test, args.workers, args.seed
+    )
+    if WORLD > 1 and RANK == 0:
+        dist.barrier()
+
+    H, W = data.train_images.shape[-2:]
+    if H != W:
+        raise InputError(f"images are {W}x{H}: --image-size makes them square")
+    if len(data.classes) < 2:
+        raise InputError("there is one class only")
+    if args.auxiliary_weight and (H < 29 or 64 <= H < 193):  # from 64 on with the ImageNet stem
+        raise InputError(f"{H} pixels are too few for the auxiliary head: give --auxiliary-weight 0")
+    return data.to(device)
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, images: Tensor | common.Photos, labels: Tensor, mean: Tensor, std: Tensor) -> float:
+    """Accuracy in % on the images of a data set; leaves the network's mode as it was."""
+    training = net.training
+    net.eval()
+    order = torch.arange(len(labels), device=labels.device).split(500 if images.shape[3] < 64 else 50)
+    correct = torch.zeros((), device=labels.device)
+    for x, y in common.loader(images, labels, order, train=False):
+        correct += (net(common.normalize(x, mean, std)).argmax(1) == y).sum()
+    net.train(training)
+    return 100 * float(correct) / len(labels)
+
+
+def evaluate_run(args: argparse.Namespace, device: torch.device, net: nn.Module, info: dict) -> None:
+    """--evaluate: the test accuracy of a finished run's network, on its own data set unless flags name another."""
+    args.limit_train = 2
+    args.auxiliary_weight = 0.0
+    data = load_data(args, device)
+    if data.classes != info["classes"]:
+        raise InputError(f"the data set has other classes than the model, {', '.join(info['classes'][:3])}, ...")
+    mean, std = info["mean"].to(device), info["std"].to(device)
+    accuracy = evaluate(net, data.test_images, data.test_labels, mean, std)
+    print(f"test accuracy: {accuracy:.2f} % of {len(data.test_labels)} images")
+
+
+def finite_means(means: Tensor, learned: list[Tensor], epoch: int, flags: str) -> list[float]:
+    """An epoch's means, over all processes. Ends the program where they or what is learned are not finite."""
+    if dist.is_initialized():
+        dist.all_reduce(means)
+        means = means / dist.get_world_size()
+    if not (means.isfinite().all() and all(p.isfinite().all() for p in learned)):
+        sys.exit(
+            f"error: the loss is not finite in epoch {epoch}: start again with a lower {flags}; "
+            "the last good checkpoint is kept"
+        )
+    return means.tolist()
+
+
+# Flags that say where a run lies or computes, not what it is: --resume may change them
+PLACES = ("out", "resume", "gpu", "workers", "data_dir")
+
+
+def settings_of_run(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """Parse argv; with --resume and --evaluate the settings of the run in that directory stand below the flags.
+
+    Writes nothing. Ends the program where --out holds something else, or a flag contradicts the run that --resume goes on with.
+    """
+    script = Path(__file__)
+    args = parser.parse_args(argv)
+    folder = Path(args.evaluate or args.out or f"runs/{script.stem}-{args.dataset}-seed{args.seed}")
+    args.out = str(folder)
+
+    if not args.evaluate and not (args.resume and (folder / "config.json").exists()):
+        begun = {"metrics.jsonl", "config.json.part"}  # what a start that was killed may have left
+        if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= begun):
+            parser.error(f"{folder} exists: choose another --out, or go on with its run by --resume")
+        return args
+
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        saved = dict(config["args"])
+        if config["script"] != script.name:
+            parser.error(f"{folder} holds a run of {config['script']}")
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        parser.error(f"cannot read {folder / 'config.json'}: {type(error).__name__}")
+
+    evaluated = args.evaluate
+    args = parser.parse_args(argv, argparse.Namespace(**saved))
+    args.out = str(folder)
+    args.evaluate = evaluated
+    for name, value in saved.items():
+        if not evaluated and name not in PLACES and getattr(args, name) != value:
+            parser.error(f"{folder} was started with {name} = {value}: leave that flag out")
     return args
 
-def main(argv: list[str]) -> int:
-    """Run a command line; exit code 0, 1 (training failed), 2 (wrong input), 130 or 143 (stopped)."""
-    if RANK:
-        sys.stdout = open(os.devnull, "w")
 
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt(128 + number)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+class RunDirectory:
+    """The directory --out, made or gone on with, and locked while the process lives. Only process 0 writes into it.
+
+    config.json: settings and versions. metrics.jsonl: `history`, one record per epoch. checkpoint.pt: what --resume needs.
+    rank, world: the number of this process and how many there are.
+    """
+
+    def __init__(self, args: argparse.Namespace, device: torch.device, rank: int = 0, world: int = 1):
+        self.out = Path(args.out)
+        self.rank = rank
+        self.world = world
+        self.state = {"history": [], "seconds": {"all": 0.0, "search": 0.0, "gpu": 0.0}}
+        script = Path(__file__)
+        if self.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.log = open(self.out / "metrics.jsonl", "a")
+            try:
+                fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"another process is writing {self.out}: wait for it, or choose another --out") from None
+
+        if (self.out / "checkpoint.pt").exists():
+            try:
+                self.state = torch.load(self.out / "checkpoint.pt", map_location="cpu", weights_only=True)
+            except Exception as error:  # a damaged file can make the unpickler raise anything
+                raise InputError(f"cannot read {self.out / 'checkpoint.pt'}: delete {self.out} and start again") from error
+        self.history = self.state["history"]
+        self.seconds = self.state["seconds"]
+
+        if self.rank == 0 and not (self.out / "config.json").exists():
+            git = ["git", "-C", str(script.parent), "rev-parse", "HEAD"]
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+            config = {
+                "script": script.name,
+                "args": vars(args),
+                "torch": torch.__version__,
+                "torchvision": torchvision.__version__,
+                "python": sys.version,
+                "device": str(device),
+                "processes": world,
+                "git_commit": commit or None,
+            }
+            (self.out / script.name).write_bytes(script.read_bytes())
+            save(self.out / "config.json", config)
+        if self.rank == 0:
+            self.log.truncate(0)  # it may hold a line that the checkpoint lacks, or lack one
+            for record in self.history:
+                print(json.dumps(record), file=self.log, flush=True)
+
+    def end_epoch(self, record: dict, seconds: float, **state) -> None:
+        """Keep an epoch's record, and all that is needed to go on after it."""
+        self.history.append(record)
+        self.seconds["all"] += seconds
+        self.seconds["gpu"] += seconds * self.world
+        if record["phase"] != "train":
+            self.seconds["search"] += seconds
+        if self.rank == 0:
+            save(self.out / "checkpoint.pt", {"history": self.history, "seconds": self.seconds, **state})
+            print(json.dumps(record), file=self.log, flush=True)
+
+    def costs(self) -> dict:
+        """For result.json."""
+        return {
+            "epochs": len(self.history),
+            "search_epochs": sum(record["phase"] != "train" for record in self.history),
+            "seconds": self.seconds["all"],
+            "search_seconds": self.seconds["search"],
+            "gpu_hours": self.seconds["gpu"] / 3600,
+        }
+
+
+def save(path: Path, content: dict) -> None:
+    """Write a .pt or .json file, whole or not at all: a file that is there is complete."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        if path.suffix == ".pt":
+            torch.save(content, file)
+        else:
+            file.write(json.dumps(content, indent=1).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def main(argv: list[str]) -> None:
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+    args = parse_args(argv)
     try:
-        args = parse_args(argv)
-        device = start_device(args)
-        if args.evaluate:
-            net, info = load_model(Path(args.evaluate) / "model.pt", device)
-            return evaluate_run(argv, Path(args.evaluate), net, info, device)
-        runs = [settings_of_run(args, argv, args.seed + i) for i in range(args.repeats)]
-        if WORLD > 1:
-            dist.barrier()  # all have looked before one writes
-        results = [run_dha(run, device) for run in runs]
-        print(json.dumps(results[-1], indent=1))
-        if len(results) > 1 and "test_accuracy" in results[0]:
-            accuracy = torch.tensor([result["test_accuracy"] for result in results])
-            print(f"{len(results)} seeds: test accuracy {accuracy.mean():.2f} ± {accuracy.std():.2f} %")
-        return 0
-    except (InputError, OSError, ArithmeticError, RuntimeError) as e:
-        if type(e) is RuntimeError and WORLD == 1:  # not GPU memory, nor a process that died
-            raise
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which torchrun may send now: no trace of `stop`
-        time.sleep(5 * (RANK > 0))  # it does, where rank 0 has failed too, and said so
-        print("error:", str(e).splitlines()[0], file=sys.stderr)
-        return 2 if isinstance(e, (InputError, OSError)) else 1
-    except KeyboardInterrupt as e:
-        if RANK == 0:
-            print("\nstopped; go on with the same command and --resume", file=sys.stderr)
-        return e.args[0]
+        join_processes(args)
+        device = device_of(args.gpu)
+        if args.check:
+            load_data(args, device)
+        elif args.evaluate:
+            evaluate_run(args, device, *load_model(Path(args.evaluate) / "model.pt", device))
+        else:
+            run_dha(args, device)
+    except (InputError, OSError, torch.cuda.OutOfMemoryError) as error:  # all else is a fault of ours: its traceback is kept
+        print("error:", *str(error).splitlines()[:1], file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("\nstopped: the same command with --resume goes on after the last epoch")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ProxylessNAS' space (--space mobilenet), which the paper names and no more
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def conv_bn_relu6(c_in: int, c_out: int, k: int, stride: int = 1) -> list[nn.Module]:
+    return [*common.conv_bn(c_in, c_out, k, stride), nn.ReLU6()]
+
+
+def mobile_operation(name: str, c_in: int, c_out: int, stride: int) -> nn.Sequential:
+    """One of common.MOBILE_PRIMITIVES without its shortcut, or mbconv1_3x3: mbconv<expansion>_<k>x<k> (MobileNetV2)."""
+    if name == "skip_connect":
+        return nn.Sequential(nn.Identity())
+    expansion, k = int(name[6]), int(name[-1])
+    wide = expansion * c_in
+    expand = conv_bn_relu6(c_in, wide, 1) if expansion > 1 else []
+    depthwise = nn.Conv2d(wide, wide, k, stride, k // 2, groups=wide, bias=False)
+    return nn.Sequential(*expand, depthwise, nn.BatchNorm2d(wide), nn.ReLU6(), *common.conv_bn(wide, c_out, 1))
+
+
+class MobileLayer(nn.Module):
+    """A layer with all candidates, of which one runs: x + MBConv(x), without the x where stride or width change, or x alone.
+
+    In the supernet it is a cell of one node, number first_node. (B, c_in, H, W) to (B, c_out, H/stride, W/stride).
+    """
+
+    def __init__(self, first_node: int, c_in: int, c_out: int, stride: int):
+        super().__init__()
+        self.first_node = first_node
+        self.width = c_out
+        self.stride = stride
+        self.shortcut = stride == 1 and c_in == c_out
+        candidates = nn.ModuleDict()
+        for name in common.MOBILE_PRIMITIVES:
+            if name != "skip_connect" or self.shortcut:
+                candidates[f"{name}_0"] = mobile_operation(name, c_in, c_out, stride)
+        self.nodes = nn.ModuleList([candidates])
+
+    def forward(self, s0: Tensor, x: Tensor, support: list, strengths: list, drop_path_prob: float) -> Tensor:
+        """As SparseCell's; s0 is not read."""
+        name, state = support[0][0]
+        strength = strengths[0]
+        if name == "skip_connect":  # no batch norm could absorb a strength: it is 1 here, with the strength's gradient [C]
+            return x if strength is None else x * (1 + (strength - strength.detach()))
+        o = self.nodes[0][f"{name}_{state}"](x)
+        if self.training and drop_path_prob > 0 and self.shortcut:
+            o = common.drop_path(o, drop_path_prob)
+        if strength is not None:
+            o = strength * o
+        return x + o if self.shortcut else o
+
+
+class MobileSupernet(SparseSupernet):
+    """SparseSupernet of 5 n + 1 layers, each a node that keeps one of 7 operations. channels: the stem's, ProxylessNAS: 32."""
+
+    ops = common.MOBILE_PRIMITIVES
+    kept = 1
+
+    def build(self, channels: int, num_classes: int, layers: int, auxiliary: bool, stem: str) -> None:
+        """A fixed MBConv, five stages of n layers, and one layer; the widths are ProxylessNAS' at 32 channels."""
+
+        def width(at_32: int) -> int:
+            return max(round(at_32 * channels / 32), 1)
+
+        large = stem == "imagenet"
+        n = layers // 5
+        self.states = [1] * layers
+        self.stem = nn.Sequential(*conv_bn_relu6(3, channels, 3, stride=2 if large else 1))
+        self.stem1 = mobile_operation("mbconv1_3x3", channels, width(16), 1)
+        self.cells = nn.ModuleList()
+        c_in = width(16)
+        first_stride = 2 if large else 1
+        for at_32, stride, count in (
+            (24, first_stride, n), (40, 2, n), (80, 2, n), (96, 1, n), (192, 2, n), (320, 1, 1)
+        ):  # fmt: skip
+            for i in range(count):
+                self.cells.append(MobileLayer(len(self.cells), c_in, width(at_32), stride if i == 0 else 1))
+                c_in = width(at_32)
+        self.head = nn.Sequential(*conv_bn_relu6(c_in, width(1280), 1))
+        self.classifier = nn.Linear(width(1280), num_classes)
+
+    def genotype(self) -> list[str]:
+        return [name for name, _ in sum(self.support, [])]
+
+    def skip_connects(self) -> tuple[int, int]:
+        return self.genotype().count("skip_connect"), len(self.support)
+
+
+def draw_layers(path: Path, net: MobileSupernet) -> None:
+    """The kernel of every layer as a bar, dark where it widens 6 times; below it its width, /2 where it halves the size."""
+    genotype = net.genotype()
+    figure = Figure(figsize=(max(0.5 * len(genotype), 5), 2.6), layout="constrained")
+    axis = figure.subplots()
+    for i, (layer, name) in enumerate(zip(net.cells, genotype)):
+        kernel = 0 if name == "skip_connect" else int(name[-1])
+        axis.bar(i, kernel, color="#0072B2" if name.startswith("mbconv6") else "#56B4E9")
+        axis.text(i, 0.2, f"{layer.width} /2" if layer.stride == 2 else str(layer.width), ha="center", fontsize=8)
+    axis.set(yticks=[3, 5, 7], ylim=(0, 7.5), ylabel="kernel", xlabel="layer (its width, /stride; dark: x 6)")
+    figure.savefig(path, dpi=150)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Augmentations: images (B, 3, H, W) float in [0, 1], magnitude (B,) in [0, 1], in [-1, 1] for those in SIGNED. Where an
+# operation has a magnitude, 0 is the identity. Ranges are AutoAugment's. The input is never changed; the result lies in [0, 1].
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def per_image(values: Tensor) -> Tensor:
+    """(B,) to (B, 1, 1, 1)."""
+    return values.view(-1, 1, 1, 1)
+
+
+def pixel_centers(images: Tensor) -> tuple[Tensor, Tensor]:
+    """x (1, 1, W) and y (1, H, 1) of the pixels, from the top left corner: 0.5, 1.5, ..."""
+    H, W = images.shape[2:]
+    x = torch.arange(W, device=images.device, dtype=images.dtype) + 0.5
+    y = torch.arange(H, device=images.device, dtype=images.dtype) + 0.5
+    return x.view(1, 1, W), y.view(1, H, 1)
+
+
+def sample_at(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Each pixel shows the input at (x, y), (B, H, W) each or of a shape that expands to it. Bilinear; outside is 0."""
+    B, _, H, W = images.shape
+    grid = torch.stack([(x * 2 / W - 1).expand(B, H, W), (y * 2 / H - 1).expand(B, H, W)], -1)
+    out = F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
+    return out.clamp(0, 1)
+
+
+def shear_x(images: Tensor, magnitude: Tensor) -> Tensor:
+    """Shear by up to 0.3 pixels per row; the top edge stays."""
+    x, y = pixel_centers(images)
+    return sample_at(images, x + 0.3 * magnitude.view(-1, 1, 1) * y, y)
+
+
+def shear_y(images: Tensor, magnitude: Tensor) -> Tensor:
+    """Shear by up to 0.3 pixels per column; the left edge stays."""
+    x, y = pixel_centers(images)
+    return sample_at(images, x, y + 0.3 * magnitude.view(-1, 1, 1) * x)
+
+
+def translate_x(images: Tensor, magnitude: Tensor) -> Tensor:
+    """Move right by up to 0.45 of the width."""
+    x, y = pixel_centers(images)
+    return sample_at(images, x - 0.45 * images.shape[3] * magnitude.view(-1, 1, 1), y)
+
+
+def translate_y(images: Tensor, magnitude: Tensor) -> Tensor:
+    """Move down by up to 0.45 of the height."""
+    x, y = pixel_centers(images)
+    return sample_at(images, x, y - 0.45 * images.shape[2] * magnitude.view(-1, 1, 1))
+
+
+def rotate(images: Tensor, magnitude: Tensor) -> Tensor:
+    """Turn counter-clockwise around the centre by up to 30 degrees."""
+    H, W = images.shape[2:]
+    x, y = pixel_centers(images)
+    dx = x - W / 2
+    dy = y - H / 2
+    angle = magnitude.view(-1, 1, 1) * math.pi / 6
+    return sample_at(images, angle.cos() * dx - angle.sin() * dy + W / 2, angle.sin() * dx + angle.cos() * dy + H / 2)
+
+
+def blend(ground: Tensor, images: Tensor, magnitude: Tensor) -> Tensor:
+    """`images` moved away from `ground` (magnitude > 0) or towards it: by the factor 1 + 0.9 magnitude."""
+    return torch.lerp(ground, images, 1 + 0.9 * per_image(magnitude)).clamp(0, 1)
+
+
+def gray(images: Tensor) -> Tensor:
+    """Luma, ITU-R 601-2: (B, 1, H, W)."""
+    red, green, blue = images.split(1, dim=1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def brightness(images: Tensor, magnitude: Tensor) -> Tensor:
+    """Blend with black."""
+    return (images * (1 + 0.9 * per_image(magnitude))).clamp(0, 1)
+
+
+def color(images: Tensor, magnitude: Tensor) -> Tensor:
+    """Blend with the gray image."""
+    return blend(gray(images), images, magnitude)
+
+
+def contrast(images: Tensor, magnitude: Tensor) -> Tensor:
+    """Blend with the image's mean gray."""
+    return blend(gray(images).mean((2, 3), keepdim=True), images, magnitude)
+
+
+def sharpness(images: Tensor, magnitude: Tensor) -> Tensor:
+    """Blend with the smoothed image: 3x3, the centre weighs 5/13, its neighbours 1/13; the outermost pixels stay."""
+    if min(images.shape[2:]) < 3:
+        return images.clone()
+    inside = images[:, :, 1:-1, 1:-1]
+    rows = images[:, :, :-2] + images[:, :, 1:-1] + images[:, :, 2:]
+    smooth = (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * inside) / 13
+    return blend(images + F.pad(smooth - inside, (1, 1, 1, 1)), images, magnitude)
+
+
+def solarize(images: Tensor, magnitude: Tensor) -> Tensor:
+    """Invert what is at least as bright as 1 - magnitude."""
+    m = per_image(magnitude)
+    bright = (images >= 1 - m - 1e-5) & (m > 0)  # 1e-5: rounding, where a pixel is as bright as the threshold
+    return torch.where(bright, 1 - images, images)
+
+
+def posterize(images: Tensor, magnitude: Tensor) -> Tensor:
+    """Keep the highest 8 - round(4 magnitude) of 8 bits."""
+    step = 2 ** (4 * per_image(magnitude)).round()
+    kept = ((images * 255).round() / step).floor() * step / 255
+    return torch.where(step > 1, kept, images)
+
+
+def auto_contrast(images: Tensor, magnitude: Tensor) -> Tensor:
+    """Stretch every channel to the full range; on 8-bit levels and with PIL's rounding."""
+    levels = (images * 255).round().long().clamp(0, 255).flatten(2)  # (B, 3, H W)
+    low = levels.amin(2, keepdim=True).double()
+    high = levels.amax(2, keepdim=True).double()
+    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # a true division, as PIL's: 255.0 / tensor is none
+    every_level = torch.arange(256, device=images.device, dtype=torch.float64)
+    stretched = (every_level * scale - low * scale).floor().clamp(0, 255)
+    table = torch.where(high > low, stretched, every_level) / 255  # (B, 3, 256): the new value of each level
+    return table.to(images.dtype).gather(2, levels).view(images.shape)
+
+
+def equalize(images: Tensor, magnitude: Tensor) -> Tensor:
+    """Flatten every channel's histogram; on 8-bit levels and with PIL's rounding."""
+    levels = (images * 255).round().long().clamp(0, 255).flatten(2)  # (B, 3, H W)
+    histogram = levels.new_zeros(*levels.shape[:2], 256).scatter_add_(2, levels, torch.ones_like(levels))
+    brightest = histogram.gather(2, levels.amax(2, keepdim=True))
+    step = (levels.shape[2] - brightest) // 255
+    below = histogram.cumsum(2) - histogram
+    flat = ((below + step // 2) // step.clamp(min=1)).clamp(max=255)
+    table = torch.where(step > 0, flat, torch.arange(256, device=images.device)) / 255  # (B, 3, 256): as above
+    return table.to(images.dtype).gather(2, levels).view(images.shape)
+
+
+def identity(images: Tensor, magnitude: Tensor) -> Tensor:
+    return images.clone()
+
+
+AUGMENTATIONS = {
+    "AutoContrast": auto_contrast,
+    "Equalize": equalize,
+    "Rotate": rotate,
+    "Posterize": posterize,
+    "Solarize": solarize,
+    "Color": color,
+    "Contrast": contrast,
+    "Brightness": brightness,
+    "Sharpness": sharpness,
+    "ShearX": shear_x,
+    "ShearY": shear_y,
+    "TranslateX": translate_x,
+    "TranslateY": translate_y,
+    "Identity": identity,
+}
+SIGNED = {
+    "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Color", "Contrast", "Brightness", "Sharpness"
+}  # fmt: skip
+
+
+def apply_each(images: Tensor, choice: Tensor, magnitude: Tensor) -> Tensor:
+    """Each image through its own operation: choice (B,), a number in AUGMENTATIONS; any other number leaves the image alone.
+
+    magnitude (B,) in [-1, 1]; only the operations in SIGNED see its sign. Every operation gets the whole batch: to pick the
+    images of one would make a GPU wait for the host.
+    """
+    out = images
+    for n, (name, operation) in enumerate(AUGMENTATIONS.items()):
+        changed = operation(images, magnitude if name in SIGNED else magnitude.abs())
+        out = torch.where(per_image(choice == n), changed, out)
+    return out
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])
