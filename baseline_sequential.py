@@ -7,25 +7,26 @@
     python baseline_sequential.py --method faa-darts --preset quick              # 3 minutes on a laptop
     python baseline_sequential.py --method dha --dataset cifar10 --gpu 0         # the papers' size
     python baseline_sequential.py --resume --out runs/baseline_sequential-cifar10-seed0
-    python baseline_sequential.py --compare runs/*                               # a table of finished runs of any script
+    python baseline_sequential.py --compare runs/*                               # a table of runs of any script
 
 Every stage but one is a call of joint_darts_faa.py or dha.py, so that both sides of a comparison run the same code:
 
-    faa-darts   1. Faster AutoAugment (here): policy.json       2. joint_darts_faa.py --policy policy.json
+    faa-darts   1. Faster AutoAugment (here): policy.json      2. joint_darts_faa.py --policy policy.json
     darts       1. joint_darts_faa.py --policy none
-    dha         1. dha.py --no-da --no-hpo, the search alone: genotype.json       2. dha.py --genotype genotype.json
+    dha         1. dha.py --no-da --no-hpo, search only: genotype.json      2. dha.py --genotype genotype.json
 
-faa-darts and darts are the baselines of Kashima et al. (https://arxiv.org/abs/2012.09407), dha is the "Sequential DHA" of
-Zhou et al. (https://arxiv.org/abs/2109.05765). Flags that --help does not list go to the called stages.
+faa-darts and darts are the baselines of Kashima et al. (https://arxiv.org/abs/2012.09407), dha is the "Sequential
+DHA" of Zhou et al. (https://arxiv.org/abs/2109.05765). Flags that --help does not list go to the called stages.
 
 Faster AutoAugment is Hataya et al., ECCV 2020, https://arxiv.org/abs/1911.06987. A critic and a classifier share a
-WideResNet-40-2; the policy (z, p, mu) and Eqs. (1) to (3) are Kashima et al.'s. One iteration on a batch, split in two halves:
+WideResNet-40-2; the policy (z, p, mu) and Eqs. (1) to (3) are Kashima et al.'s. One iteration, on the two halves of
+a batch:
 
-    1. the policy augments the second half, softly: in each stage the weighted sum of all 16 operations   Eqs. (1) to (3)
-    2. move the critic: large on the first half, which is real, small on the second                        WGAN-GP
-       move the classifier: put the first half where it belongs
-    3. augment the second half again, and move z, p and mu: let the critic take it for real, and the classifier put it where
-       it belongs
+    1. the policy augments the second half: in each stage the weighted sum of all 16 operations    Eqs. (1) to (3)
+    2. move the critic, to be large on the first half, which is real, and small on the second      WGAN-GP
+       move the classifier, to put the first half where its labels say
+    3. augment the second half again, and move the policy, so that the critic takes it for real
+       and the classifier puts it where its labels say
 """
 
 import argparse
@@ -72,7 +73,9 @@ PRESETS = {
 class StageParser(argparse.ArgumentParser):
     """Keeps the flags that it does not know, for the stages, in `rest`."""
 
-    def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None) -> argparse.Namespace:
+    def parse_args(
+        self, args: list[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
         namespace, rest = self.parse_known_args(args, namespace)
         namespace.rest = rest or getattr(namespace, "rest", [])
         return namespace
@@ -100,7 +103,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--amp", action="store_true", help="bfloat16 autocast (GPU only)")
     add("--out", type=os.path.expanduser, help="run directory; None is runs/<script>-<dataset>-seed<seed>")
     add("--resume", action="store_true", help="go on with the run in --out, if there is one")
-    add("--evaluate", type=os.path.expanduser, metavar="DIR", help="print the test accuracy of a finished run, and stop")
+    add("--evaluate", type=os.path.expanduser, metavar="DIR", help="print a finished run's test accuracy, and stop")
     add("--check", action="store_true", help="check flags and data, and stop")
 
     add = parser.add_argument_group("stages, whose own flags can be given too").add_argument
@@ -113,7 +116,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--faa-images", type=at_least(4), default=4000, help="training images that it sees [A]")
     add("--faa-batch-size", type=at_least(4), default=128, help="images per step, half of them augmented [A]")
     add("--faa-lr", type=at_least(0.0), default=1e-3, help="Adam's learning rate for critic and classifier [A]")
-    add("--policy-lr", type=at_least(0.0), default=1e-3, help="Adam's learning rate for z, p and mu [A: Faster AutoAugment]")
+    add("--policy-lr", type=at_least(0.0), default=1e-3, help="Adam's learning rate for z, p and mu [A: Faster AA]")
     add("--sub-policies", type=at_least(1), default=10, help="L, sub-policies of a policy [P]")
     add("--stages", type=at_least(1), default=2, help="K, operations of a sub-policy, one after the other [P]")
     add("--class-weight", type=at_least(0.0), default=0.1, help="weight of the classification losses [A]")
@@ -170,10 +173,10 @@ def relaxed_bernoulli(p: Tensor, temperature: float = 0.1) -> Tensor:
 class Policy(nn.Module):
     """An augmentation policy, differentiable: images (B, 3, H, W) float in [0, 1] to the same.
 
-    z, p, mu: (L, K, 16) each, so 3 * 16 * K * L parameters: for every sub-policy, stage and operation the logit of its
-    selection, the probability that it is applied and its magnitude in [0, 1], all from U(0, 1) at the start [A]. Every image
-    draws a sub-policy of its own (the reference gives a whole chunk of a batch one [C]), and for every operation in SIGNED
-    the sign of its magnitude. eta: temperature of the selection.
+    z, p, mu: (L, K, 16) each, so 3 * 16 * K * L parameters: for every sub-policy, stage and operation the logit
+    of its selection, the probability that it is applied and its magnitude in [0, 1], all from U(0, 1) at the
+    start [A]. Every image draws a sub-policy of its own (the reference gives a whole chunk of a batch one [C]),
+    and for every operation in SIGNED the sign of its magnitude. eta: temperature of the selection.
     """
 
     def __init__(self, sub_policies: int = 10, stages: int = 2, eta: float = 0.05):
@@ -183,28 +186,23 @@ class Policy(nn.Module):
         self.p = nn.Parameter(torch.rand(shape))
         self.mu = nn.Parameter(torch.rand(shape))
         self.eta = eta
+        signed = torch.tensor([name in SIGNED for name in AUGMENTATIONS])
+        self.register_buffer("signed", signed, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        L, K, _ = self.z.shape
-        B = len(images)
-        which = torch.randint(L, (B,), device=images.device)
+        L = len(self.z)
+        which = torch.randint(L, (len(images),), device=images.device)  # a sub-policy for every image
         weights = (self.z[which] / self.eta).softmax(2)  # Eq. (3), (B, K, 16)
         masks = relaxed_bernoulli(self.p[which])  # of Eq. (1), (B, K, 16)
-        signs = 1 - 2 * torch.randint(2, masks.shape, device=images.device)
-        magnitudes = self.mu[which]  # (B, K, 16)
+        signs = 1 - 2 * self.signed * torch.randint(2, masks.shape, device=images.device)
+        magnitudes = self.mu[which] * signs  # (B, K, 16)
 
-        for k in range(K):
-            # One (B,) for each operation. unbind, and once: its backward pass is a single stack
-            weight = weights[:, k].unbind(1)
-            mask = masks[:, k].unbind(1)
-            magnitude = magnitudes[:, k].unbind(1)
-            signed = (magnitudes[:, k] * signs[:, k]).unbind(1)
-
+        for weight, mask, magnitude in zip(weights.unbind(1), masks.unbind(1), magnitudes.unbind(1)):  # stage by stage
             mixed = torch.zeros_like(images)
-            for n, (name, operation) in enumerate(AUGMENTATIONS.items()):
-                changed = operation(images, signed[n] if name in SIGNED else magnitude[n])
-                maybe = torch.lerp(images, changed, per_image(mask[n]))  # Eq. (1)
-                mixed = mixed + per_image(weight[n]) * maybe  # Eq. (2)
+            by_operation = zip(AUGMENTATIONS.values(), weight.unbind(1), mask.unbind(1), magnitude.unbind(1))
+            for operation, w, m, mu in by_operation:  # (B,) each
+                maybe = torch.lerp(images, operation(images, mu), per_image(m))  # Eq. (1)
+                mixed = mixed + per_image(w) * maybe  # Eq. (2)
             images = mixed + (mixed.clamp(0, 1) - mixed).detach()  # only rounding leaves [0, 1]
         return images
 
@@ -236,7 +234,10 @@ class Policy(nn.Module):
 
 
 class WideBlock(nn.Module):
-    """Batch norm, ReLU and a 3x3 convolution, twice; around them the identity, or a 1x1 convolution where sizes change [C]."""
+    """Batch norm, ReLU and a 3x3 convolution, twice; around them the identity.
+
+    Where sizes change, a 1x1 convolution stands for the identity [C].
+    """
 
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__()
@@ -258,8 +259,8 @@ class WideBlock(nn.Module):
 class WideResNet(nn.Module):
     """WRN-depth-width with a classifier and a critic on the same features.
 
-    Normalised images (B, 3, H, W) to logits (B, num_classes) and the critic's value (B,), large for real images. WRN-40-2
-    with 10 classes has 2,243,546 parameters, and the critic's head 16,641 more.
+    Normalised images (B, 3, H, W) to logits (B, num_classes) and the critic's value (B,), large for real
+    images. WRN-40-2 with 10 classes has 2,243,546 parameters, and the critic's head 16,641 more.
     """
 
     def __init__(self, num_classes: int, depth: int = 40, width: int = 2):
@@ -290,10 +291,11 @@ class WideResNet(nn.Module):
 
 
 def gradient_penalty(critic: Callable, real: Tensor, augmented: Tensor, share: Tensor) -> Tensor:
-    """WGAN-GP's penalty: the mean of (|d critic / d x| - 1)^2, at x between real and augmented images (Gulrajani et al.).
+    """WGAN-GP's penalty (Gulrajani et al.): the mean of (|d critic / d x| - 1)^2, at x between real and augmented.
 
-    real, augmented: (B, 3, H, W), constants; share: (B,) in [0, 1], of the real image in x; critic: images to values (B,). The
-    norm is that of an image's whole gradient [C]; the authors take one per pixel. Differentiable in the critic's parameters.
+    real, augmented: (B, 3, H, W), constants; share: (B,) in [0, 1], of the real image in x; critic: images to
+    values (B,). The norm is that of an image's whole gradient [C]; the authors take one per pixel. Differentiable
+    in the critic's parameters.
     """
     share = share.view(-1, 1, 1, 1)
     x = (share * real + (1 - share) * augmented).detach().requires_grad_(True)
@@ -330,8 +332,8 @@ class PolicySearch:
 def critic_step(s: PolicySearch, real: Tensor, labels: Tensor, other: Tensor, args: argparse.Namespace) -> Tensor:
     """Move critic and classifier: tell `real` from the augmented `other`, and put `real` where its labels say.
 
-    real, other: float (B, 3, H, W) in [0, 1]. Returns the Wasserstein distance as the critic sees it, the penalty, the
-    classifier's loss and its accuracy in %, (4,).
+    real, other: float (B, 3, H, W) in [0, 1]. Returns the Wasserstein distance as the critic sees it, the
+    penalty, the classifier's loss and its accuracy in %, (4,).
     """
     s.net.requires_grad_(True)
     real = common.normalize(real, s.mean, s.std)
@@ -356,8 +358,8 @@ def critic_step(s: PolicySearch, real: Tensor, labels: Tensor, other: Tensor, ar
 def policy_step(s: PolicySearch, images: Tensor, labels: Tensor, args: argparse.Namespace) -> Tensor:
     """Move z, p and mu: augmented `images` should look real to the critic, and keep their labels.
 
-    images: float (B, 3, H, W) in [0, 1]. Returns the policy's critic loss, its classification loss and the accuracy on
-    augmented images in %, (3,).
+    images: float (B, 3, H, W) in [0, 1]. Returns the policy's critic loss, its classification loss and the
+    accuracy on augmented images in %, (3,).
     """
     s.net.requires_grad_(False)
     logits, value = s.net(s.augmented(images))
@@ -383,7 +385,9 @@ MEASURED = (  # what the two steps return
 )
 
 
-def search_policy(args: argparse.Namespace, data: common.Data, device: torch.device, directory: "RunDirectory") -> Policy:
+def search_policy(
+    args: argparse.Namespace, data: common.Data, device: torch.device, directory: "RunDirectory"
+) -> Policy:
     """Faster AutoAugment for --faa-epochs epochs on --faa-images of the training images."""
     torch.manual_seed(args.seed)
     s = PolicySearch(args, data, device)
@@ -412,10 +416,11 @@ def search_policy(args: argparse.Namespace, data: common.Data, device: torch.dev
             totals += torch.cat([measured, policy_step(s, other, other_labels, args)])
 
         means = totals / len(order)
-        if not means.isfinite().all() or not all(p.isfinite().all() for p in [*s.net.parameters(), *s.policy.parameters()]):
+        learned = [*s.net.parameters(), *s.policy.parameters()]
+        if not (means.isfinite().all() and all(p.isfinite().all() for p in learned)):
             sys.exit(
-                f"error: the loss is not finite in epoch {epoch + 1}: start again with a lower --faa-lr or --policy-lr; "
-                "the last good checkpoint is kept"
+                f"error: the loss is not finite in epoch {epoch + 1}: start again with a lower --faa-lr or "
+                "--policy-lr; the last good checkpoint is kept"
             )
         record = {"epoch": epoch + 1, "phase": "policy", **dict(zip(MEASURED, means.tolist()))}
         record["selection"] = dict(zip(AUGMENTATIONS, s.policy.selection().mean((0, 1)).tolist()))
@@ -457,7 +462,7 @@ def stages(args: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def run_baseline(args: argparse.Namespace, device: torch.device) -> None:
-    """All stages, one after the other; the run directory --out holds a folder for each called one, and what comes out."""
+    """All stages, one after the other. The run directory --out has a folder for each called one, and what comes out."""
     out = Path(args.out)
     if (out / "result.json").exists():
         print(f"{out} is finished already:", (out / "result.json").read_text())
@@ -527,9 +532,10 @@ def draw_search(directory: "RunDirectory") -> None:
 
 
 def compare(folders: list[str]) -> str:
-    """A Markdown table of finished runs, mean ± standard deviation over seeds: one row per data set, method and settings.
+    """A Markdown table of finished runs: mean ± standard deviation over seeds.
 
-    Settings that differ between the rows of a method are named. Raises InputError where there is no finished run.
+    One row per data set, method and settings; settings that differ between the rows of a method are named. Raises
+    InputError where there is no finished run.
     """
     not_settings = {"seed", "out", "resume", "check", "evaluate", "compare", "preset", "gpu", "workers", "processes"}
     rows = {}  # (data set, method, settings): results
@@ -559,15 +565,15 @@ def compare(folders: list[str]) -> str:
     ]
     for (dataset, method, settings), results in sorted(rows.items()):
         others = [set(key[2]) for key in rows if key[:2] == (dataset, method)]
-        differing = [f"{name} {value}" for name, value in settings if not all((name, value) in other for other in others)]
+        shared = set.intersection(*others)
+        differing = [f"{name} {value}" for name, value in settings if (name, value) not in shared]
         accuracies, params, search, hours = zip(*results)
         score = f"{mean(accuracies):.2f}"
         if len(accuracies) > 1:
             score += f" ± {stdev(accuracies):.2f}"
-        lines.append(
-            f"| {method} | {dataset} | {len(results)} | {score} | {mean(params) / 1e6:.3g} M | {mean(search) / 3600:.2f} "
-            f"| {mean(hours):.2f} | {', '.join(differing)} |"
-        )
+        size = f"{mean(params) / 1e6:.3g} M"
+        cost = f"{mean(search) / 3600:.2f} | {mean(hours):.2f}"
+        lines.append(f"| {method} | {dataset} | {len(results)} | {score} | {size} | {cost} | {', '.join(differing)} |")
     return "\n".join(lines)
 
 
@@ -612,7 +618,8 @@ PLACES = ("out", "resume", "gpu", "workers", "data_dir")
 def settings_of_run(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """Parse argv; with --resume and --evaluate the settings of the run in that directory stand below the flags.
 
-    Writes nothing. Ends the program where --out holds something else, or a flag contradicts the run that --resume goes on with.
+    Writes nothing. Ends the program where --out holds something else, or a flag contradicts the run that
+    --resume goes on with.
     """
     script = Path(__file__)
     args = parser.parse_args(argv)
@@ -644,10 +651,10 @@ def settings_of_run(parser: argparse.ArgumentParser, argv: list[str]) -> argpars
 
 
 class RunDirectory:
-    """The directory --out, made or gone on with, and locked while the process lives. Only process 0 writes into it.
+    """The directory --out, made or gone on with, and locked while the process lives.
 
-    config.json: settings and versions. metrics.jsonl: `history`, one record per epoch. checkpoint.pt: what --resume needs.
-    rank, world: the number of this process and how many there are.
+    config.json: settings and versions. metrics.jsonl: `history`, one record per epoch. checkpoint.pt: what --resume
+    needs. rank, world: the number of this process and how many there are; only process 0 writes.
     """
 
     def __init__(self, args: argparse.Namespace, device: torch.device, rank: int = 0, world: int = 1):
@@ -662,13 +669,13 @@ class RunDirectory:
             try:
                 fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise InputError(f"another process is writing {self.out}: wait for it, or choose another --out") from None
+                raise InputError(f"another process is writing {self.out}") from None
 
         if (self.out / "checkpoint.pt").exists():
             try:
                 self.state = torch.load(self.out / "checkpoint.pt", map_location="cpu", weights_only=True)
             except Exception as error:  # a damaged file can make the unpickler raise anything
-                raise InputError(f"cannot read {self.out / 'checkpoint.pt'}: delete {self.out} and start again") from error
+                raise InputError(f"cannot read {self.out}/checkpoint.pt: delete {self.out}, start again") from error
         self.history = self.state["history"]
         self.seconds = self.state["seconds"]
 
@@ -738,7 +745,7 @@ def main(argv: list[str]) -> None:
             subprocess.run([sys.executable, command[0], *argv, "--evaluate", folder], check=True)
         else:
             run_baseline(args, device_of(args.gpu))
-    except (InputError, OSError, torch.cuda.OutOfMemoryError) as error:  # all else is a fault of ours: its traceback is kept
+    except (InputError, OSError, torch.cuda.OutOfMemoryError) as error:  # all else keeps its traceback
         print("error:", *str(error).splitlines()[:1], file=sys.stderr)
         sys.exit(2)
     except subprocess.CalledProcessError as error:  # the stage has said why
@@ -748,8 +755,9 @@ def main(argv: list[str]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Augmentations: images (B, 3, H, W) float in [0, 1], magnitude (B,) in [0, 1], in [-1, 1] for those in SIGNED. Where an
-# operation has a magnitude, 0 is the identity. Ranges are AutoAugment's. The input is never changed; the result lies in [0, 1].
+# Augmentations: images (B, 3, H, W) float in [0, 1], magnitude (B,) in [0, 1], in [-1, 1] for those in SIGNED.
+# Where an operation has a magnitude, 0 is the identity. Ranges are AutoAugment's. The input is never changed;
+# the result lies in [0, 1].
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -767,7 +775,7 @@ def pixel_centers(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sample_at(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Each pixel shows the input at (x, y), (B, H, W) each or of a shape that expands to it. Bilinear; outside is 0."""
+    """Each pixel shows the input at (x, y), of a shape that expands to (B, H, W). Bilinear; outside is 0."""
     B, _, H, W = images.shape
     grid = torch.stack([(x * 2 / W - 1).expand(B, H, W), (y * 2 / H - 1).expand(B, H, W)], -1)
     out = F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
@@ -805,7 +813,9 @@ def rotate(images: Tensor, magnitude: Tensor) -> Tensor:
     dx = x - W / 2
     dy = y - H / 2
     angle = magnitude.view(-1, 1, 1) * math.pi / 6
-    return sample_at(images, angle.cos() * dx - angle.sin() * dy + W / 2, angle.sin() * dx + angle.cos() * dy + H / 2)
+    cos = angle.cos()
+    sin = angle.sin()
+    return sample_at(images, cos * dx - sin * dy + W / 2, sin * dx + cos * dy + H / 2)
 
 
 def blend(ground: Tensor, images: Tensor, magnitude: Tensor) -> Tensor:
@@ -835,7 +845,7 @@ def contrast(images: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def sharpness(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Blend with the smoothed image: 3x3, the centre weighs 5/13, its neighbours 1/13; the outermost pixels stay."""
+    """Blend with the smoothed image: 3x3, the centre weighs 5/13, its neighbours 1/13; the border stays as it is."""
     if min(images.shape[2:]) < 3:
         return images.clone()
     inside = images[:, :, 1:-1, 1:-1]
@@ -871,7 +881,7 @@ def auto_contrast(images: Tensor, magnitude: Tensor) -> Tensor:
     levels = (images * 255).round().long().clamp(0, 255).flatten(2)  # (B, 3, H W)
     low = levels.amin(2, keepdim=True).double()
     high = levels.amax(2, keepdim=True).double()
-    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # a true division, as PIL's: 255.0 / tensor is none
+    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # PIL divides; 255.0 / tensor multiplies
     every_level = torch.arange(256, device=images.device, dtype=torch.float64)
     stretched = (every_level * scale - low * scale).floor().clamp(0, 255)
     table = torch.where(high > low, stretched, every_level) / 255  # (B, 3, 256): the new value of each level
@@ -908,8 +918,11 @@ def identity_gradient(operation):
 
 
 def falling_gradient(operation):
-    """The operation, with the gradient -1 for the magnitude. Faster AutoAugment's rule is +1 for the threshold of Solarize
-    and for the bits that Posterize keeps [A]; both fall as our magnitude rises."""
+    """The operation, with the gradient -1 for the magnitude.
+
+    Faster AutoAugment's rule is +1 for Solarize's threshold and for the bits that Posterize keeps [A]; both fall as our
+    magnitude rises.
+    """
 
     def with_gradient(images: Tensor, magnitude: Tensor) -> Tensor:
         m = per_image(magnitude)

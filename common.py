@@ -4,8 +4,8 @@
     net = Network(GENOTYPES["DARTS_V2"], num_classes=10, channels=36, layers=20)
     logits = net(normalize(data.test_images[:8], *mean_std(data.train_images)))
 
-Small images (CIFAR, SVHN, shapes, small folders) are one uint8 tensor on the training device, and a batch is an index into
-it. Photographs are files that a DataLoader reads. `loader` hides the difference from a training loop.
+Small images (CIFAR, SVHN, shapes, small folders) are one uint8 tensor on the training device, and a batch is an index
+into it. Photographs are files that a DataLoader reads. `loader` hides the difference from a training loop.
 """
 
 import ast
@@ -44,7 +44,7 @@ WORKER_TIMEOUT = 300  # seconds; a worker that is stuck (a full /dev/shm does th
 
 
 class Data(NamedTuple):
-    """A data set: images uint8 (N, 3, H, W) or Photos, labels int64 (N,), the classes' names in the order of the labels."""
+    """A data set: images uint8 (N, 3, H, W) or Photos, labels int64 (N,), the names of the classes by label."""
 
     train_images: "Tensor | Photos"
     train_labels: Tensor
@@ -129,7 +129,7 @@ def _small_images(dataset: str, root: Path) -> tuple[tuple, tuple, list[str]]:
 
 
 def _torchvision(name: str, root: Path, **part) -> Dataset:
-    """One of torchvision.datasets, downloaded if it is not in `root`. Damaged files can raise anything: InputError."""
+    """One of torchvision.datasets, downloaded if it is not in `root`. Raises InputError for whatever that raises."""
     try:
         return getattr(torchvision.datasets, name)(str(root), download=True, **part)
     except ImportError as error:
@@ -182,7 +182,7 @@ def _image_folder(root: Path, classes: list[str], lacking: bool = False) -> tupl
 
 
 def _sport8(root: Path, seed: int) -> tuple[tuple, tuple, list[str]]:
-    """One folder per class, perhaps in `event_img/`. 70 images of each to train on, 60 to test on (Li & Fei-Fei)."""
+    """One folder per class, perhaps in `event_img/`: 70 images of each to train on, 60 to test on (Li & Fei-Fei)."""
     root = root / "event_img" if (root / "event_img").is_dir() else root
     classes = _class_names(root)
     paths, labels = _image_folder(root, classes)
@@ -215,7 +215,9 @@ def _mit67(root: Path) -> tuple[tuple, tuple, list[str]]:
                 raise InputError(f"{root}: its lists name {line!r}, which is not in Images/: unpack all of it")
         if not lines:
             raise InputError(f"{root}: one of its two lists is empty")
-        splits.append(([str(root / "Images" / line) for line in lines], [classes.index(line.split("/")[0]) for line in lines]))
+        paths = [str(root / "Images" / line) for line in lines]
+        labels = [classes.index(line.split("/")[0]) for line in lines]
+        splits.append((paths, labels))
     return *splits, classes
 
 
@@ -227,7 +229,8 @@ def _mit67(root: Path) -> tuple[tuple, tuple, list[str]]:
 def load_image(path: str | Path) -> Image.Image:
     """An image file as RGB, upright as a viewer shows it (EXIF); 16 bits of gray are scaled to 8.
 
-    Raises InputError with the file's name, whatever Pillow raises, and for images in floating point, whose scale nobody knows.
+    Raises InputError with the file's name, whatever Pillow raises, and for images in floating point, whose
+    scale nobody knows.
     """
     try:
         with Image.open(path) as image:
@@ -264,14 +267,18 @@ class Photos(Dataset):
         if seed is None:
             return self.test_view(image)
 
-        # A seed per view makes it the same for any number of workers. (torch.manual_seed would seed the GPU as well)
+        # A seed per view makes it the same for any number of workers. (torch.manual_seed would seed the GPU as
+        # well)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return self.train_view(image)
 
 
 def _read_all(paths: list[str], size: int | None) -> Tensor:
-    """All images as one uint8 tensor (N, 3, H, W). size: their middle squares, scaled; None: they must be of one size."""
+    """All images as one uint8 tensor (N, 3, H, W).
+
+    size: the middle squares, scaled to it; None: the images must be of one size.
+    """
     view = v2.PILToTensor()
     if size:
         view = v2.Compose([v2.Resize(size), v2.CenterCrop(size), view])
@@ -294,12 +301,13 @@ def _read_all(paths: list[str], size: int | None) -> Tensor:
 def batches(count: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> Tensor:
     """One epoch of `count` images in random order: indices (steps, batch_size // world), int64, on the CPU.
 
-    A batch holds at most all images; an incomplete last one is left out. Process `rank` of `world` gets its share of every
-    batch. Raises InputError where a batch cannot be shared evenly, or a share is one image, which batch norm cannot use.
+    A batch holds at most all images; an incomplete last one is left out. Process `rank` of `world` gets its
+    share of every batch. Raises InputError where a batch cannot be shared evenly, or a share is one image,
+    which batch norm cannot use.
     """
     batch_size = min(batch_size, count)
     if batch_size % world or batch_size // world < 2:
-        raise InputError(f"a batch of {batch_size} images for {world} process(es): each must get the same number, 2 or more")
+        raise InputError(f"a batch of {batch_size} images: all {world} process(es) must get the same number, 2 or more")
 
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     steps = count // batch_size
@@ -309,9 +317,10 @@ def batches(count: int, batch_size: int, seed: int, rank: int = 0, world: int = 
 def loader(
     images: Tensor | Photos, labels: Tensor, order: Sequence[Tensor], train: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of `order` (tensors of indices, where the labels are): uint8 images (B, 3, H, W) and labels (B,).
+    """The batches of `order`: uint8 images (B, 3, H, W) and labels (B,).
 
-    train: a random view of every image. Tensors: random_crop_flip. Photos: torchvision's RandomResizedCrop and flip.
+    order: tensors of indices, where the labels are. train: a random view of every image; of a tensor
+    random_crop_flip, of Photos torchvision's RandomResizedCrop and flip.
     """
     if isinstance(images, Tensor):
         for batch in order:
@@ -338,7 +347,7 @@ def loader(
 
 
 def random_crop_flip(images: Tensor, padding: int = 4) -> Tensor:
-    """Shift every image (B, C, H, W) by up to `padding` pixels each way, zeros come in, and mirror it in half the cases."""
+    """Shift every image (B, C, H, W) by up to `padding` pixels each way, zeros come in; mirror it in half the cases."""
     B, C, H, W = images.shape
     device = images.device
     rows = torch.randint(0, 2 * padding + 1, (B, 1), device=device) + torch.arange(H, device=device)  # (B, H)
@@ -351,7 +360,7 @@ def random_crop_flip(images: Tensor, padding: int = 4) -> Tensor:
 
 
 def cutout(images: Tensor, length: int) -> Tensor:
-    """Cutout (DeVries & Taylor): set a square of side `length` around a random pixel of each image (B, C, H, W) to 0."""
+    """Cutout (DeVries & Taylor): a square of side `length` around a random pixel of each image becomes 0."""
     B, _, H, W = images.shape
     device = images.device
     y = torch.randint(0, H, (B, 1, 1, 1), device=device) - torch.arange(H, device=device).view(H, 1)
@@ -488,8 +497,8 @@ MOBILE_PRIMITIVES = (
     "skip_connect",
 )
 
-# normal, reduce: [(operation, the state it reads), ...], two for each node. States 0 and 1 are the cell's inputs, node j is
-# state j + 2. normal_concat, reduce_concat: the states that are the cell's output
+# normal, reduce: [(operation, the state it reads), ...], two for each node. States 0 and 1 are the cell's
+# inputs, node j is state j + 2. normal_concat, reduce_concat: the states that are the cell's output
 Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
 
 # fmt: off
@@ -533,7 +542,8 @@ def save_genotype(genotype: Genotype | list[str], path: str | Path) -> None:
 def load_genotype(name_or_path: str | Path, space: str = "cells") -> Genotype | list[str]:
     """A genotype by its name in GENOTYPES, or from a file, whose text parse_genotype explains.
 
-    Raises InputError where there is no such name or file, or the file holds no genotype that a network can be built from.
+    Raises InputError where there is no such name or file, or the file holds no genotype that a network can be
+    built from.
     """
     if space == "cells" and str(name_or_path) in GENOTYPES:
         return GENOTYPES[str(name_or_path)]
@@ -547,8 +557,8 @@ def load_genotype(name_or_path: str | Path, space: str = "cells") -> Genotype | 
 def parse_genotype(text: str, space: str = "cells") -> Genotype | list[str]:
     """A genotype from what people have: our JSON, or `Genotype(...)` anywhere in a text such as a search's log.
 
-    Operations may be nested node by node, as khanrc/pt.darts does. Of several in one text the last one is meant. In the
-    space "mobilenet": a list of one of MOBILE_PRIMITIVES per layer. Raises InputError.
+    Operations may be nested node by node, as khanrc/pt.darts does. Of several in one text the last one is
+    meant. In the space "mobilenet": a list of one of MOBILE_PRIMITIVES per layer. Raises InputError.
     """
     if space == "mobilenet":
         return _parse_layers(text)
@@ -561,14 +571,15 @@ def parse_genotype(text: str, space: str = "cells") -> Genotype | list[str]:
             fields = _call_arguments(found[-1])
         else:
             fields = json.loads(text)
-        genotype = Genotype(
-            _edges(fields["normal"]), _states(fields["normal_concat"]), _edges(fields["reduce"]), _states(fields["reduce_concat"])
-        )
+        normal = _edges(fields["normal"])
+        reduce = _edges(fields["reduce"])
+        genotype = Genotype(normal, _states(fields["normal_concat"]), reduce, _states(fields["reduce_concat"]))
     except Exception as error:  # parsers alone raise five kinds
         raise InputError(f"not a genotype such as Genotype(normal=[...], ...): {type(error).__name__}") from error
 
+    # The inputs of a reduction cell are larger than its nodes: its output cannot hold them
     _check_cell("normal", genotype.normal, genotype.normal_concat, first_state=0)
-    _check_cell("reduce", genotype.reduce, genotype.reduce_concat, first_state=2)  # its inputs are larger than its nodes
+    _check_cell("reduce", genotype.reduce, genotype.reduce_concat, first_state=2)
     return genotype
 
 
@@ -608,7 +619,7 @@ def _states(states: list) -> list[int]:
 
 
 def _check_cell(cell: str, edges: list[tuple[str, int]], concat: list[int], first_state: int) -> None:
-    """Raises InputError where a network cannot be built from the cell, whose output holds states from `first_state` on."""
+    """Raises InputError if no network can be built from the cell; its output may hold states from first_state on."""
     if not edges or len(edges) % 2 or not concat:
         raise InputError(f"{cell} needs two operations for each node and at least one state to concatenate")
     for i, (operation, state) in enumerate(edges):
@@ -688,7 +699,7 @@ def drop_path(x: Tensor, prob: float) -> Tensor:
 
 
 def stems(kind: str, channels: int) -> tuple[nn.Module, nn.Module, int, bool]:
-    """What stands before the cells: (B, 3, H, W) to s0, s0 to s1; their channels; whether s0 has twice the size of s1.
+    """What stands before the cells: s0 of images (B, 3, H, W), s1 of s0; their channels; has s0 twice the size of s1?
 
     kind: "cifar", or "imagenet" for images from 64 pixels on, three convolutions of stride 2: 224 pixels to 28.
     """
@@ -706,7 +717,7 @@ def stem_for(images: Tensor | Photos) -> str:
 
 
 def auxiliary_head(c_in: int, num_classes: int, stem: str = "cifar") -> nn.Sequential:
-    """DARTS' auxiliary classifier: a map (B, c_in, 8, 8), or 7 x 7 with the ImageNet stem, to logits (B, num_classes)."""
+    """DARTS' auxiliary classifier: (B, c_in, 8, 8), or 7 x 7 with the ImageNet stem, to logits (B, num_classes)."""
     return nn.Sequential(
         nn.ReLU(),
         nn.AvgPool2d(5, stride=3 if stem == "cifar" else 2),
@@ -721,12 +732,13 @@ def auxiliary_head(c_in: int, num_classes: int, stem: str = "cifar") -> nn.Seque
 
 
 class Cell(nn.Module):
-    """One cell of a genotype: s0 (B, c_before, H, W) and s1 (B, c_in, H, W), the outputs of the two cells before, to
-    (B, channels * len(concat), H, W), or half the size if `reduction`. halved: s0 has twice the size of s1."""
+    """One cell of a genotype.
 
-    def __init__(
-        self, genotype: Genotype, c_before: int, c_in: int, channels: int, reduction: bool, halved: bool
-    ):
+    s0 (B, c_before, H, W), of twice that size if `halved`, and s1 (B, c_in, H, W), the outputs of the two cells
+    before, to (B, channels * len(concat), H, W), or half the size if `reduction`.
+    """
+
+    def __init__(self, genotype: Genotype, c_before: int, c_in: int, channels: int, reduction: bool, halved: bool):
         super().__init__()
         if reduction:
             edges, self.concat = genotype.reduce, genotype.reduce_concat
@@ -758,8 +770,8 @@ class Cell(nn.Module):
 class Network(nn.Module):
     """The evaluation network of a genotype (DARTS): `layers` cells, reductions at layers//3 and 2*layers//3.
 
-    Normalised images (B, 3, H, W) to logits (B, num_classes); in training with `auxiliary`, to (logits, auxiliary logits).
-    drop_path_prob, in [0, 1), is an attribute that a training loop can raise.
+    Normalised images (B, 3, H, W) to logits (B, num_classes); in training with `auxiliary`, to (logits,
+    auxiliary logits). drop_path_prob, in [0, 1), is an attribute that a training loop can raise.
     """
 
     def __init__(

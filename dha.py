@@ -9,10 +9,10 @@
     torchrun --nproc-per-node 4 dha.py --dataset cifar10       # one process per GPU
     python dha.py --resume --out runs/dha-cifar10-seed0        # go on where it stopped
 
-Paper: Zhou et al., "DHA: End-to-End Joint Optimization of Data Augmentation Policy, Hyper-parameter and Architecture",
-TMLR 2022, https://arxiv.org/abs/2109.05765; equation numbers are the paper's. Its architecture part is the one-stage search
-of ISTA-NAS (Yang et al., NeurIPS 2020). One network at its final size, one loss, no validation split, and nothing is
-retrained: what the search leaves is a trained network.
+Paper: Zhou et al., "DHA: End-to-End Joint Optimization of Data Augmentation Policy, Hyper-parameter and
+Architecture", TMLR 2022, https://arxiv.org/abs/2109.05765; equation numbers are the paper's. Its architecture part is
+the one-stage search of ISTA-NAS (Yang et al., NeurIPS 2020). One network at its final size, one loss, no validation
+split, and nothing is retrained: what the search leaves is a trained network.
 
     theta    weights              tau     14 x 14 logits: which pair of image operations to apply
     lr, wd   learned, too         alpha   strength of each candidate operation of the network
@@ -26,8 +26,8 @@ The support is the two strongest candidates of each node; only they run. One ite
     4. move tau towards pairs with a large loss                                             Eq. (2)
     5. move b and theta to lower the mean loss
 
-After each epoch of search ISTA decodes alpha from b (Eq. 4), which may change the support. A node whose alpha hardly moves
-is frozen. When all are, the other candidates are deleted and training goes on with the same weights.
+After each epoch of search ISTA decodes alpha from b (Eq. 4), which may change the support. A node whose alpha hardly
+moves is frozen. When all are, the other candidates are deleted and training goes on with the same weights.
 """
 
 import argparse
@@ -58,7 +58,8 @@ except ImportError:
     Figure = None  # no figures
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Settings. [P]: the paper says so. [A]: its authors' code, or the named code. [C]: our choice, because neither says.
+# Settings. [P]: the paper says so. [A]: its authors' code, or the named code. [C]: our choice, because neither
+# says.
 # ---------------------------------------------------------------------------------------------------------------------
 
 LR_RANGE = (1e-4, 0.1)  # where Eq. (3) may move lr [C]
@@ -80,7 +81,7 @@ PRESETS = {
         warmup_epochs=5, label_smoothing=0.1, drop_path=0.0, cutout=0,
     ),
 }  # fmt: skip
-MOBILENET = dict(channels=32, layers=21, auxiliary_weight=0.0, drop_path=0.0)  # --space mobilenet: ProxylessNAS' size
+MOBILENET = dict(channels=32, layers=21, auxiliary_weight=0.0, drop_path=0.0)  # ProxylessNAS' size
 MOBILENET_QUICK = dict(channels=8, layers=11, search_epochs=2, train_epochs=6, beta_lr=1e-4, b_scale=0.5)
 
 
@@ -103,7 +104,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--amp", action="store_true", help="bfloat16 autocast (GPU only)")
     add("--out", type=os.path.expanduser, help="run directory; None is runs/<script>-<dataset>-seed<seed>")
     add("--resume", action="store_true", help="go on with the run in --out, if there is one")
-    add("--evaluate", type=os.path.expanduser, metavar="DIR", help="print the test accuracy of a finished run, and stop")
+    add("--evaluate", type=os.path.expanduser, metavar="DIR", help="print a finished run's test accuracy, and stop")
     add("--check", action="store_true", help="check flags and data, and stop")
 
     add = parser.add_argument_group("network and training").add_argument
@@ -120,7 +121,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--drop-path", type=at_least(0.0, 1.0), default=0.2, help="probability at the end of training [A: DARTS]")
     add("--cutout", type=at_least(0), default=16, help="side of the square, in pixels [A: DARTS]")
 
-    add = parser.add_argument_group("policy (Eq. 2), hyper-parameters (Eq. 3), architecture (Eqs. 1 and 4)").add_argument
+    add = parser.add_argument_group("policy (Eq. 2), lr and wd (Eq. 3), architecture (Eqs. 1, 4)").add_argument
     add("--no-da", action="store_true", help="no policy: crop, flip and cutout only")
     add("--tau-lr", type=at_least(0.0), default=5e-4, help="step size of tau [C]")
     add("--no-hpo", action="store_true", help="wd stays, lr falls by a cosine once the search is over [A: ISTA-NAS]")
@@ -170,7 +171,8 @@ def at_least(low: float, below: float = math.inf):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The augmentation policy (section 2.1). tau has a logit for every ordered pair of the 14 operations, which stand at the end.
+# The augmentation policy (section 2.1). tau has a logit for every ordered pair of the 14 operations, which
+# stand at the end.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -182,7 +184,7 @@ def sample_pairs(tau: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def apply_pairs(images: Tensor, pairs: Tensor) -> Tensor:
-    """T_k(x_k): each image through its pair, first, then second. Every magnitude is U(0, 1), with a random sign [P, A].
+    """T_k(x_k): each image through its pair, first, then second; magnitudes from U(0, 1), with a random sign [P, A].
 
     images (B, 3, H, W) in [0, 1], pairs (B,).
     """
@@ -193,10 +195,11 @@ def apply_pairs(images: Tensor, pairs: Tensor) -> Tensor:
 
 
 def policy_loss(tau: Tensor, pairs: Tensor, losses: Tensor) -> Tensor:
-    """L^DA of Eq. (2), whose gradient goes to tau alone. tau (14, 14), pairs (B,), losses (B,) of the same images.
+    """L^DA of Eq. (2), whose gradient goes to tau alone. tau (14, 14), pairs (B,), losses (B,) of the same
+    images.
 
-    Lowering it raises the probability of the pairs whose losses, summed over the batch, are above the mean of these sums. A
-    pair that is drawn more often sums more, and gains.
+    Lowering it raises the probability of the pairs whose losses, summed over the batch, are above the mean of
+    these sums. A pair that is drawn more often sums more, and gains.
     """
     p = tau.flatten().softmax(0)
     return -(p.gather(0, pairs) * losses.detach()).sum()  # Eq. (2)
@@ -208,8 +211,13 @@ def policy_loss(tau: Tensor, pairs: Tensor, losses: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sgd_step(theta: list[Tensor], grads: list[Tensor], velocity: list[Tensor], lr: Tensor, wd: Tensor, mu: float = 0.9) -> None:
-    """OP of section 2.2, in place: v = mu v + g + wd theta; theta = theta - lr v. lr, wd: 0-dim, so that no step waits."""
+def sgd_step(
+    theta: list[Tensor], grads: list[Tensor], velocity: list[Tensor], lr: Tensor, wd: Tensor, mu: float = 0.9
+) -> None:
+    """OP of section 2.2, in place: v = mu v + g + wd theta, and theta = theta - lr v.
+
+    lr, wd: 0-dim tensors, so that no step waits for the GPU.
+    """
     torch._foreach_mul_(velocity, mu)
     torch._foreach_add_(velocity, grads)
     torch._foreach_add_(velocity, torch._foreach_mul(theta, wd))
@@ -222,9 +230,10 @@ def hypergradient(
 ) -> tuple[Tensor, Tensor]:
     """The gradient of Eq. (3), (dL/dlr, dL/dwd), for the last sgd_step.
 
-    theta: the weights theta+ that the step left. grads: dL/dtheta there, before clipping. velocity: the step's v. lr: its
-    rate. The weights and the v before the step count as constant (end of section 2.2). The next training batch computes
-    these gradients anyway, so that Eq. (3) costs no second pass (the authors' code pays one).
+    theta: the weights theta+ that the step left. grads: dL/dtheta there, before clipping. velocity: the step's
+    v. lr: its rate. The weights and the v before the step count as constant (end of section 2.2). The next
+    training batch computes these gradients anyway, so that Eq. (3) costs no second pass (the authors' code pays
+    one).
     """
     g = torch.cat([tensor.flatten() for tensor in grads])
     v = torch.cat([tensor.flatten() for tensor in velocity])
@@ -236,8 +245,9 @@ def hypergradient(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Architecture (section 2.3). A node's alpha has up to 35 entries, of which two will matter; b has 7. Sparse coding: of all
-# alphas with A alpha = b, the one with the smallest sum of absolute values is nearly always that with few entries.
+# Architecture (section 2.3). A node's alpha has up to 35 entries, of which two will matter; b has 7. Sparse
+# coding: of all alphas with A alpha = b, the one with the smallest sum of absolute values is nearly always that
+# with few entries.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -248,13 +258,17 @@ def soft_threshold(x: Tensor, threshold: Tensor) -> Tensor:
 
 @torch.no_grad()
 def ista(A: Tensor, b: Tensor, lam: float, tolerance: float = 1e-9, rounds: int = 2000) -> Tensor:
-    """alpha = argmin 1/2 |A alpha - b|^2 + lam |alpha|_1 by iterative shrinkage, Eq. (4). A (..., m, n), b (..., m) -> (..., n).
+    """Decode: alpha = argmin 1/2 |A alpha - b|^2 + lam |alpha|_1, by iterative shrinkage, Eq. (4).
 
-    Eq. (4) alone is hopeless here: with n > m and lam = 1e-5 its support is still wrong after 1,000 iterations. Three known
-    remedies: momentum; continuation, lam starts large and is halved every round (Hale et al.); and after every round a jump
-    to the solution for the signs that alpha has then. Ends when no KKT condition is violated by more than `tolerance`, as a
-    share of max |A^T b|; raises ArithmeticError after so many rounds. Works in float64 on the CPU, whatever b's type and
-    device: on a GPU it would be 15,000 small kernels.
+    A (..., m, n) and b (..., m) to alpha (..., n), of b's type and device. Eq. (4) alone is hopeless here: with n >
+    m and lam = 1e-5 its support is still wrong after 1,000 iterations. Three known remedies:
+
+    - momentum (FISTA, Beck & Teboulle), given up where it leads uphill (O'Donoghue & Candes);
+    - continuation (Hale et al.): lam starts large and is halved every round;
+    - after every round, jumps to the solution that the present signs of alpha allow: active_set_step.
+
+    It ends when no optimality condition (KKT) is violated by more than `tolerance`, as a share of max |A^T b|, and
+    raises ArithmeticError after so many rounds. Float64 on the CPU: on a GPU it would be 15,000 small kernels.
     """
     A_cpu = A.double().cpu()
     G = A_cpu.mT @ A_cpu  # A^T A (..., n, n)
@@ -265,7 +279,8 @@ def ista(A: Tensor, b: Tensor, lam: float, tolerance: float = 1e-9, rounds: int 
     alpha = torch.zeros_like(c)
 
     for _ in range(rounds):
-        # With momentum (Beck & Teboulle's FISTA): a step starts ahead of alpha, unless that leads uphill (O'Donoghue & Candes)
+        # Momentum (FISTA, Beck & Teboulle): a step starts ahead of alpha, unless that leads uphill (O'Donoghue
+        # & Candes)
         ahead = alpha
         t = torch.ones_like(lipschitz)
         for _ in range(50):
@@ -292,9 +307,9 @@ def ista(A: Tensor, b: Tensor, lam: float, tolerance: float = 1e-9, rounds: int 
 
 
 def active_set_step(G: Tensor, c: Tensor, lipschitz: Tensor, lam: Tensor, alpha: Tensor) -> Tensor:
-    """Move alpha (..., n) to the minimum for its support and signs, or as far as no sign flips (FPC-AS, Wen et al.).
+    """Move alpha (..., n) to the minimum for its present signs, or until one would flip (FPC-AS, Wen et al.).
 
-    Given the signs the problem is quadratic: one linear system. G = A^T A (..., n, n), c = A^T b (..., n).
+    With the signs given, the problem is quadratic: one linear system. G = A^T A (..., n, n), c = A^T b (..., n).
     """
     on = alpha != 0
     block = torch.where(on.unsqueeze(-1) & on.unsqueeze(-2), G, 0.0)
@@ -311,11 +326,12 @@ def active_set_step(G: Tensor, c: Tensor, lipschitz: Tensor, lam: Tensor, alpha:
 
 
 def select_support(alpha: Tensor, states: list[int], kept: int, ops: tuple[str, ...]) -> list[list[tuple[str, int]]]:
-    """What each of K nodes keeps: `kept` pairs (operation, state it reads). alpha (K, n): entry len(ops) * state + operation.
+    """What each of K nodes keeps: `kept` pairs (operation, state that it reads).
 
-    The strongest operation of every edge by |alpha|, then the strongest edges. DHA's code ranks signed values [A], which |alpha|
-    replaces here [C]; ISTA-NAS' one-stage code takes the two largest |alpha| of all, which may be of one edge. Node k reads
-    the states 0 .. states[k] - 1.
+    alpha (K, n): entry len(ops) * state + operation. Node k reads the states 0 .. states[k] - 1. The strongest
+    operation of every edge by |alpha|, then the strongest edges. DHA's code does so with signed values [A], which
+    |alpha| replaces here [C]. ISTA-NAS' one-stage code takes the two largest |alpha| of all, which may be of one
+    edge.
     """
     strength, operation = alpha.abs().view(len(states), -1, len(ops)).max(2)  # of every edge, (K, states)
     support = []
@@ -326,7 +342,8 @@ def select_support(alpha: Tensor, states: list[int], kept: int, ops: tuple[str, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The supernet: every candidate exists, those of the support run. (ProxylessNAS' space stands before the augmentations.)
+# The supernet: every candidate exists, those of the support run. (ProxylessNAS' space stands before the
+# augmentations.)
 # ---------------------------------------------------------------------------------------------------------------------
 
 NODES = 4  # of a cell; node j reads the states 0 .. j + 1, of which 0 and 1 are the cell's inputs
@@ -339,9 +356,10 @@ def batch_norms(op: nn.Module) -> list[nn.BatchNorm2d]:
 
 
 class SparseCell(nn.Module):
-    """A DARTS cell with all candidates, each of which ends in a batch norm. c_before, c_in: channels of the inputs s0 and s1.
+    """A DARTS cell with all candidates, each of which ends in a batch norm.
 
-    halved: s0 has twice the size of s1. first_node: the number, in the supernet, of the cell's first node.
+    c_before, c_in: channels of the inputs s0 and s1; halved: s0 has twice the size of s1. first_node: the number,
+    in the supernet, of the cell's first node.
     """
 
     def __init__(self, c_before: int, c_in: int, channels: int, reduction: bool, halved: bool, first_node: int):
@@ -362,7 +380,7 @@ class SparseCell(nn.Module):
             self.nodes.append(candidates)
 
     def forward(self, s0: Tensor, s1: Tensor, support: list, strengths: list, drop_path_prob: float) -> Tensor:
-        """For each node: support, the pairs (operation, state) that run; strengths, a weight for each, None once frozen."""
+        """For each node: support, the pairs (operation, state) that run; strengths, their weights, None once frozen."""
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         for j, candidates in enumerate(self.nodes):
             node = None
@@ -379,10 +397,11 @@ class SparseCell(nn.Module):
 
 
 class SparseSupernet(nn.Module):
-    """Normalised images (B, 3, H, W) to logits (B, num_classes); with `auxiliary`, in training, to (logits, auxiliary logits).
+    """Normalised images (B, 3, H, W) to logits (B, num_classes).
 
-    `layers` cells share 8 nodes, those of the normal cell and those of the reduction cell. Node k has b[k] (7,), A[k] (7, 35;
-    zeros where it has fewer candidates), alpha[k] (35,), support[k], and frozen[k]. b_scale: standard deviation of b.
+    With `auxiliary`, in training, to (logits, auxiliary logits). `layers` cells share 8 nodes: 4 of the normal
+    cell, 4 of the reduction cell. Node k has b[k] (7,), A[k] (7, 35; zeros where it has fewer candidates), alpha[k]
+    (35,), support[k] and frozen[k]. b_scale: standard deviation of b at the start.
     """
 
     ops = OPS
@@ -403,7 +422,8 @@ class SparseSupernet(nn.Module):
         self.auxiliary_at = 2 * layers // 3
         self.build(channels, num_classes, layers, auxiliary, stem)
 
-        # A batch norm behind a strength would undo it if it could scale: its weight stays 1, its bias 0, until the node freezes
+        # A batch norm behind a strength would undo it if it could scale: its weight stays 1, its bias 0, until
+        # the node freezes
         for cell in self.cells:
             for norm in batch_norms(cell.nodes):
                 norm.requires_grad_(False)
@@ -456,7 +476,7 @@ class SparseSupernet(nn.Module):
         return (logits, auxiliary_logits) if with_auxiliary else logits
 
     def strength(self, k: int) -> Tensor:
-        """b^T A - alpha^T E on node k's support, section 2.3: alpha, where b = A alpha, with a gradient for b alone. (kept,)"""
+        """Section 2.3: b^T A - alpha^T E on node k's support, (kept,). Where b = A alpha, it is alpha."""
         A, alpha = self.A_S[k], self.alpha_S[k]
         alpha_E = A.T @ (A @ alpha) - alpha  # E = A^T A - I
         return A.T @ self.b[k] - alpha_E
@@ -472,7 +492,7 @@ class SparseSupernet(nn.Module):
         return alpha
 
     def support_of(self, alpha: Tensor) -> list[list[tuple[str, int]]]:
-        """The support of an alpha (nodes, 35): for every node what it keeps, [(operation, state), ...]. Frozen nodes stay."""
+        """The support of an alpha (nodes, 35): for every node [(operation, state), ...]. That of frozen nodes stays."""
         support = select_support(alpha.cpu(), self.states, self.kept, self.ops)
         for k, frozen in enumerate(self.frozen):
             if frozen:
@@ -502,7 +522,7 @@ class SparseSupernet(nn.Module):
 
     @torch.no_grad()
     def freeze(self, k: int) -> None:
-        """End the search of node k: its last batch norms absorb the strengths, and all its batch norms learn from now on."""
+        """End the search of node k: its last batch norms absorb the strengths; all its batch norms learn from now on."""
         strength = self.strength(k)
         for i, op in enumerate(self.running(k, self.support)):
             for norm in batch_norms(op)[-1:]:
@@ -559,7 +579,10 @@ def support_of_genotype(genotype: Genotype | list[str]) -> list[list[tuple[str, 
 
 
 def overrun(net: SparseSupernet, support: list, args: argparse.Namespace, image_size: int) -> float:
-    """Eq. (1): the largest c_i(alpha) / C_i of a support's network; up to 1 it keeps --max-params and --max-flops."""
+    """Eq. (1): the largest c_i(alpha) / C_i of a support's network.
+
+    Up to 1 it keeps --max-params and --max-flops; without them it is 0.
+    """
     shares = [0.0]
     if args.max_params:
         running = set()
@@ -581,8 +604,11 @@ def overrun(net: SparseSupernet, support: list, args: argparse.Namespace, image_
 
 @torch.no_grad()
 def start_within_limits(net: SparseSupernet, args: argparse.Namespace, image_size: int) -> None:
-    """While the first, random support breaks a limit: give one node after the other a b that makes a random operation its
-    strongest, and keep it where that comes nearer. Raises InputError after 300 draws."""
+    """Bring the first, random support under the limits of Eq. (1), node by node.
+
+    Each draw gives one node a b that makes a random operation its strongest; it stays if it comes nearer to the limits.
+    Raises InputError after 300 draws.
+    """
     nearest = overrun(net, net.support, args, image_size)
     for n in range(300):
         if nearest <= 1:
@@ -612,6 +638,7 @@ def start_within_limits(net: SparseSupernet, args: argparse.Namespace, image_siz
 TORCHRUN = dist.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
+QUIET = True if RANK > 0 else None  # progress bars: none, or where there is a terminal
 
 
 class DHA:
@@ -625,7 +652,8 @@ class DHA:
         self.net.to(device, memory_format=torch.channels_last)
         self.theta = [p for name, p in self.net.named_parameters() if not name.startswith("b.")]
         self.velocity = {}  # of the weights that the last step moved: their v
-        self.b_optimizer = torch.optim.Adam(self.net.b, args.arch_lr, betas=(0.5, 0.999), weight_decay=1e-3)  # [A: DARTS]
+        # As DARTS moves alpha [A]
+        self.b_optimizer = torch.optim.Adam(self.net.b, args.arch_lr, betas=(0.5, 0.999), weight_decay=1e-3)
         self.tau = torch.zeros(len(AUGMENTATIONS), len(AUGMENTATIONS), device=device, requires_grad=True)
         self.lr = torch.tensor(args.lr, device=device)  # tensors, so that no step waits for the GPU
         self.wd = torch.tensor(args.weight_decay, device=device)
@@ -634,7 +662,7 @@ class DHA:
         self.std = std.to(device)
 
     def prune(self, genotype: Genotype | list[str]) -> None:
-        """The search is over: delete what is not in the genotype."""
+        """The search is over: delete what the genotype does not have, and forget its velocity."""
         self.net.prune(genotype)
         self.theta = list(self.net.parameters())
         self.velocity = {p: self.velocity[p] for p in self.theta if p in self.velocity}
@@ -720,7 +748,7 @@ def train_step(s: DHA, images: Tensor, labels: Tensor, args: argparse.Namespace)
         s.lr.sub_(lr_change).clamp_(*LR_RANGE)
         s.wd.sub_(wd_change).clamp_(*WD_RANGE)
 
-    # 4. The policy. Eq. (2) is a sum over the batch, of which each process has a share and average_gradients took the mean
+    # 4. The policy. Eq. (2) is a sum over the batch: of the processes' shares of it, average_gradients took the mean
     if not args.no_da:
         with torch.no_grad():
             s.tau -= args.tau_lr * WORLD * s.tau.grad
@@ -736,10 +764,11 @@ def train_step(s: DHA, images: Tensor, labels: Tensor, args: argparse.Namespace)
 
 
 def decode_and_freeze(s: DHA, args: argparse.Namespace, image_size: int, last: bool) -> list[float] | None:
-    """End an epoch of search: decode alpha (Eq. 4), which may change the support, and freeze the nodes that have settled.
+    """End an epoch of search: decode alpha (Eq. 4), which may change the support, and freeze what has settled.
 
-    After the `last` epoch nothing is decoded any more, and all nodes freeze. When all are frozen, the network is pruned.
-    Returns how far each node's alpha moved; None where the new support breaks a limit of Eq. (1), and the last one stays.
+    After the `last` epoch nothing is decoded any more, and all nodes freeze. When all are frozen, the network is
+    pruned. Returns how far each node's alpha moved; None where nothing was decoded, or the new support breaks a
+    limit of Eq. (1): then the last one stays.
     """
     searched = [k for k, frozen in enumerate(s.net.frozen) if not frozen]
     distances = None
@@ -813,7 +842,7 @@ def run_dha(args: argparse.Namespace, device: torch.device) -> None:
         order = common.batches(len(data.train_images), args.batch_size, seed, RANK, WORLD).to(device)
         batches = common.loader(data.train_images, data.train_labels, order, train=True)
         totals = torch.zeros(2, device=device)
-        for images, labels in tqdm(batches, f"epoch {epoch + 1}", steps, leave=False, disable=RANK > 0 or None):
+        for images, labels in tqdm(batches, f"epoch {epoch + 1}", steps, leave=False, disable=QUIET):
             totals += train_step(s, images, labels, args)
 
         learned = [*s.velocity, *s.net.b, s.tau, s.lr, s.wd]
@@ -855,7 +884,7 @@ def run_dha(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def save_dha(s: DHA, args: argparse.Namespace, data: common.Data, directory: "RunDirectory") -> None:
-    """Write genotype.json, policy.json, model.pt, the figures, and at last result.json, which says that all is there."""
+    """Write genotype.json, policy.json, model.pt, the figures; and last result.json, which says that all is there."""
     out = directory.out
     net = s.net
     net.auxiliary = None
@@ -1084,7 +1113,8 @@ PLACES = ("out", "resume", "gpu", "workers", "data_dir")
 def settings_of_run(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """Parse argv; with --resume and --evaluate the settings of the run in that directory stand below the flags.
 
-    Writes nothing. Ends the program where --out holds something else, or a flag contradicts the run that --resume goes on with.
+    Writes nothing. Ends the program where --out holds something else, or a flag contradicts the run that
+    --resume goes on with.
     """
     script = Path(__file__)
     args = parser.parse_args(argv)
@@ -1116,10 +1146,10 @@ def settings_of_run(parser: argparse.ArgumentParser, argv: list[str]) -> argpars
 
 
 class RunDirectory:
-    """The directory --out, made or gone on with, and locked while the process lives. Only process 0 writes into it.
+    """The directory --out, made or gone on with, and locked while the process lives.
 
-    config.json: settings and versions. metrics.jsonl: `history`, one record per epoch. checkpoint.pt: what --resume needs.
-    rank, world: the number of this process and how many there are.
+    config.json: settings and versions. metrics.jsonl: `history`, one record per epoch. checkpoint.pt: what --resume
+    needs. rank, world: the number of this process and how many there are; only process 0 writes.
     """
 
     def __init__(self, args: argparse.Namespace, device: torch.device, rank: int = 0, world: int = 1):
@@ -1134,13 +1164,13 @@ class RunDirectory:
             try:
                 fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise InputError(f"another process is writing {self.out}: wait for it, or choose another --out") from None
+                raise InputError(f"another process is writing {self.out}") from None
 
         if (self.out / "checkpoint.pt").exists():
             try:
                 self.state = torch.load(self.out / "checkpoint.pt", map_location="cpu", weights_only=True)
             except Exception as error:  # a damaged file can make the unpickler raise anything
-                raise InputError(f"cannot read {self.out / 'checkpoint.pt'}: delete {self.out} and start again") from error
+                raise InputError(f"cannot read {self.out}/checkpoint.pt: delete {self.out}, start again") from error
         self.history = self.state["history"]
         self.seconds = self.state["seconds"]
 
@@ -1212,7 +1242,7 @@ def main(argv: list[str]) -> None:
             evaluate_run(args, device, *load_model(Path(args.evaluate) / "model.pt", device))
         else:
             run_dha(args, device)
-    except (InputError, OSError, torch.cuda.OutOfMemoryError) as error:  # all else is a fault of ours: its traceback is kept
+    except (InputError, OSError, torch.cuda.OutOfMemoryError) as error:  # all else keeps its traceback
         print("error:", *str(error).splitlines()[:1], file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -1232,7 +1262,7 @@ def conv_bn_relu6(c_in: int, c_out: int, k: int, stride: int = 1) -> list[nn.Mod
 
 
 def mobile_operation(name: str, c_in: int, c_out: int, stride: int) -> nn.Sequential:
-    """One of common.MOBILE_PRIMITIVES without its shortcut, or mbconv1_3x3: mbconv<expansion>_<k>x<k> (MobileNetV2)."""
+    """mbconv<expansion>_<k>x<k> of MobileNetV2 without its shortcut, or skip_connect."""
     if name == "skip_connect":
         return nn.Sequential(nn.Identity())
     expansion, k = int(name[6]), int(name[-1])
@@ -1243,9 +1273,10 @@ def mobile_operation(name: str, c_in: int, c_out: int, stride: int) -> nn.Sequen
 
 
 class MobileLayer(nn.Module):
-    """A layer with all candidates, of which one runs: x + MBConv(x), without the x where stride or width change, or x alone.
+    """A layer with all candidates, of which one runs: x + MBConv(x), or x alone.
 
-    In the supernet it is a cell of one node, number first_node. (B, c_in, H, W) to (B, c_out, H/stride, W/stride).
+    Where stride or width change there is no x. In the supernet it is a cell of one node, number first_node.
+    (B, c_in, H, W) to (B, c_out, H/stride, W/stride).
     """
 
     def __init__(self, first_node: int, c_in: int, c_out: int, stride: int):
@@ -1264,7 +1295,9 @@ class MobileLayer(nn.Module):
         """As SparseCell's; s0 is not read."""
         name, state = support[0][0]
         strength = strengths[0]
-        if name == "skip_connect":  # no batch norm could absorb a strength: it is 1 here, with the strength's gradient [C]
+        if (
+            name == "skip_connect"
+        ):  # no batch norm could absorb a strength: it is 1 here, with the strength's gradient [C]
             return x if strength is None else x * (1 + (strength - strength.detach()))
         o = self.nodes[0][f"{name}_{state}"](x)
         if self.training and drop_path_prob > 0 and self.shortcut:
@@ -1275,7 +1308,10 @@ class MobileLayer(nn.Module):
 
 
 class MobileSupernet(SparseSupernet):
-    """SparseSupernet of 5 n + 1 layers, each a node that keeps one of 7 operations. channels: the stem's, ProxylessNAS: 32."""
+    """SparseSupernet of 5 n + 1 layers, each a node that keeps one of 7 operations.
+
+    channels: the stem's; ProxylessNAS has 32.
+    """
 
     ops = common.MOBILE_PRIMITIVES
     kept = 1
@@ -1311,7 +1347,7 @@ class MobileSupernet(SparseSupernet):
 
 
 def draw_layers(path: Path, net: MobileSupernet) -> None:
-    """The kernel of every layer as a bar, dark where it widens 6 times; below it its width, /2 where it halves the size."""
+    """The kernel of every layer as a bar, dark where it widens 6 times."""
     genotype = net.genotype()
     figure = Figure(figsize=(max(0.5 * len(genotype), 5), 2.6), layout="constrained")
     axis = figure.subplots()
@@ -1324,8 +1360,9 @@ def draw_layers(path: Path, net: MobileSupernet) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Augmentations: images (B, 3, H, W) float in [0, 1], magnitude (B,) in [0, 1], in [-1, 1] for those in SIGNED. Where an
-# operation has a magnitude, 0 is the identity. Ranges are AutoAugment's. The input is never changed; the result lies in [0, 1].
+# Augmentations: images (B, 3, H, W) float in [0, 1], magnitude (B,) in [0, 1], in [-1, 1] for those in SIGNED.
+# Where an operation has a magnitude, 0 is the identity. Ranges are AutoAugment's. The input is never changed;
+# the result lies in [0, 1].
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -1343,7 +1380,7 @@ def pixel_centers(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sample_at(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Each pixel shows the input at (x, y), (B, H, W) each or of a shape that expands to it. Bilinear; outside is 0."""
+    """Each pixel shows the input at (x, y), of a shape that expands to (B, H, W). Bilinear; outside is 0."""
     B, _, H, W = images.shape
     grid = torch.stack([(x * 2 / W - 1).expand(B, H, W), (y * 2 / H - 1).expand(B, H, W)], -1)
     out = F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
@@ -1381,7 +1418,9 @@ def rotate(images: Tensor, magnitude: Tensor) -> Tensor:
     dx = x - W / 2
     dy = y - H / 2
     angle = magnitude.view(-1, 1, 1) * math.pi / 6
-    return sample_at(images, angle.cos() * dx - angle.sin() * dy + W / 2, angle.sin() * dx + angle.cos() * dy + H / 2)
+    cos = angle.cos()
+    sin = angle.sin()
+    return sample_at(images, cos * dx - sin * dy + W / 2, sin * dx + cos * dy + H / 2)
 
 
 def blend(ground: Tensor, images: Tensor, magnitude: Tensor) -> Tensor:
@@ -1411,7 +1450,7 @@ def contrast(images: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def sharpness(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Blend with the smoothed image: 3x3, the centre weighs 5/13, its neighbours 1/13; the outermost pixels stay."""
+    """Blend with the smoothed image: 3x3, the centre weighs 5/13, its neighbours 1/13; the border stays as it is."""
     if min(images.shape[2:]) < 3:
         return images.clone()
     inside = images[:, :, 1:-1, 1:-1]
@@ -1439,7 +1478,7 @@ def auto_contrast(images: Tensor, magnitude: Tensor) -> Tensor:
     levels = (images * 255).round().long().clamp(0, 255).flatten(2)  # (B, 3, H W)
     low = levels.amin(2, keepdim=True).double()
     high = levels.amax(2, keepdim=True).double()
-    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # a true division, as PIL's: 255.0 / tensor is none
+    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # PIL divides; 255.0 / tensor multiplies
     every_level = torch.arange(256, device=images.device, dtype=torch.float64)
     stretched = (every_level * scale - low * scale).floor().clamp(0, 255)
     table = torch.where(high > low, stretched, every_level) / 255  # (B, 3, 256): the new value of each level
@@ -1484,10 +1523,11 @@ SIGNED = {
 
 
 def apply_each(images: Tensor, choice: Tensor, magnitude: Tensor) -> Tensor:
-    """Each image through its own operation: choice (B,), a number in AUGMENTATIONS; any other number leaves the image alone.
+    """Each image through its own operation.
 
-    magnitude (B,) in [-1, 1]; only the operations in SIGNED see its sign. Every operation gets the whole batch: to pick the
-    images of one would make a GPU wait for the host.
+    choice (B,): a number in AUGMENTATIONS; any other leaves the image alone. magnitude (B,) in [-1, 1]; only the
+    operations in SIGNED see its sign. Every operation gets the whole batch: to pick the images of one, a GPU would wait
+    for the host.
     """
     out = images
     for n, (name, operation) in enumerate(AUGMENTATIONS.items()):

@@ -4,29 +4,30 @@
 # ///
 """Joint search of augmentation policy and architecture: DARTS and Faster AutoAugment in one gradient descent.
 
-    python joint_darts_faa.py --preset quick                            # 2 minutes on a laptop, nothing to download
-    python joint_darts_faa.py --dataset cifar10 --gpu 0                 # the paper's size: 50 epochs of search, 600 of training
-    python joint_darts_faa.py --policy none --dataset cifar10           # plain DARTS, the first row of the paper's table
+    python joint_darts_faa.py --preset quick                       # 2 minutes on a laptop, nothing to download
+    python joint_darts_faa.py --dataset cifar10 --gpu 0            # the paper's size
+    python joint_darts_faa.py --policy none --dataset cifar10      # plain DARTS, the first row of the paper's table
     python joint_darts_faa.py --resume --out runs/joint_darts_faa-cifar10-seed0    # go on where it stopped
 
 Paper: Kashima, Yamada, Saito, "Joint Search of Data Augmentation Policies and Network Architectures", 2020,
-https://arxiv.org/abs/2012.09407; equation numbers are the paper's. Its parts are DARTS (Liu et al., ICLR 2019, first order)
-and Faster AutoAugment (Hataya et al., ECCV 2020, without its critic).
+https://arxiv.org/abs/2012.09407; equation numbers are the paper's. Its parts are DARTS (Liu et al., ICLR 2019, first
+order) and Faster AutoAugment (Hataya et al., ECCV 2020, without its critic).
 
-    w        weights of the network       z, p, mu   the policy: for each operation the logit of its selection, the probability
-    alpha    logits of the 8 candidate               that it is applied, and its magnitude
-             operations of every edge     L, K       the policy has L sub-policies of K stages
+    w       weights of the network                   z     logit of an operation's selection, in the policy
+    alpha   logits of an edge's 8 operations         p     probability that it is applied once it is selected
+    L, K    a policy has L sub-policies, each        mu    its magnitude
+            of K stages                              eta   temperature of the selection
 
 The training images are split in two, D_train and D_val. One iteration (Alg. 1):
 
     1. take a batch of D_val, cropped and flipped; every image draws one of the L sub-policies
-    2. in each of the K stages an image becomes the weighted sum of what all 16 operations make of it   Eqs. (1) to (3)
-    3. in the network every edge is the weighted sum of its candidate operations                       Eq. (5)
-    4. move z, p, mu and alpha to lower the loss, by one backward pass that computes no gradient of w   Eq. (9)
-    5. take a batch of D_train, do steps 1 to 3 with it, and move w to lower the loss                   Eq. (10)
+    2. in each stage an image becomes the weighted sum of what all 16 operations make of it        Eqs. (1) to (3)
+    3. in the network every edge is the weighted sum of its candidate operations                   Eq. (5)
+    4. move z, p, mu and alpha to lower the loss: one backward pass, no gradient of w              Eq. (9)
+    5. take a batch of D_train, do steps 1 to 3 with it, and move w to lower the loss              Eq. (10)
 
-After the search the strongest operations make a network, which is trained from scratch with the policy; from then on its
-operations are drawn instead of weighted.
+After the search the strongest operations make a network, which is trained from scratch with the policy; from then on
+its operations are drawn instead of weighted.
 """
 
 import argparse
@@ -57,7 +58,8 @@ except ImportError:
     Figure = None  # no figures
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Settings. [P]: the paper says so. [A]: its authors' code, or the named code. [C]: our choice, because neither says.
+# Settings. [P]: the paper says so. [A]: its authors' code, or the named code. [C]: our choice, because neither
+# says.
 # ---------------------------------------------------------------------------------------------------------------------
 
 ETA = 0.05  # temperature of the selection [A: Faster AutoAugment]
@@ -67,8 +69,8 @@ PRESETS = {
     "paper": {},  # the defaults of the flags: CIFAR-10
     "quick": dict(
         dataset="shapes", search_epochs=4, search_images=768, search_channels=8, search_layers=3, arch_lr=3e-3,
-        policy_lr=1e-2, train_epochs=4, batch_size=64, channels=8, layers=3, lr=0.1, auxiliary_weight=0.0, drop_path=0.0,
-        cutout=0,
+        policy_lr=1e-2, train_epochs=4, batch_size=64, channels=8, layers=3, lr=0.1, auxiliary_weight=0.0,
+        drop_path=0.0, cutout=0,
     ),
     "imagenet": dict(
         dataset="imagenet", train_epochs=250, batch_size=128, channels=48, layers=14, lr=0.1, weight_decay=3e-5,
@@ -96,7 +98,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--amp", action="store_true", help="bfloat16 autocast (GPU only)")
     add("--out", type=os.path.expanduser, help="run directory; None is runs/<script>-<dataset>-seed<seed>")
     add("--resume", action="store_true", help="go on with the run in --out, if there is one")
-    add("--evaluate", type=os.path.expanduser, metavar="DIR", help="print the test accuracy of a finished run, and stop")
+    add("--evaluate", type=os.path.expanduser, metavar="DIR", help="print a finished run's test accuracy, and stop")
     add("--check", action="store_true", help="check flags and data, and stop")
 
     add = parser.add_argument_group("search").add_argument
@@ -109,7 +111,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--genotype", type=os.path.expanduser, help=f"no search of alpha: {', '.join(common.GENOTYPES)}, or a file")
     add("--arch-lr", type=at_least(0.0), default=3e-4, help="Adam's learning rate for alpha [A: DARTS]")
     add("--policy", type=os.path.expanduser, help="no search of a policy: train with this policy.json, or with `none`")
-    add("--policy-lr", type=at_least(0.0), default=1e-3, help="Adam's learning rate for z, p and mu [A: Faster AutoAugment]")
+    add("--policy-lr", type=at_least(0.0), default=1e-3, help="Adam's learning rate for z, p and mu [A: Faster AA]")
     add("--sub-policies", type=at_least(1), default=10, help="L, sub-policies of a policy [P]")
     add("--stages", type=at_least(1), default=2, help="K, operations of a sub-policy, one after the other [P]")
 
@@ -170,10 +172,10 @@ def relaxed_bernoulli(p: Tensor, temperature: float = 0.1) -> Tensor:
 class Policy(nn.Module):
     """An augmentation policy, differentiable: images (B, 3, H, W) float in [0, 1] to the same.
 
-    z, p, mu: (L, K, 16) each, so 3 * 16 * K * L parameters: for every sub-policy, stage and operation the logit of its
-    selection, the probability that it is applied and its magnitude in [0, 1], all from U(0, 1) at the start [A]. Every image
-    draws a sub-policy of its own (the reference gives a whole chunk of a batch one [C]), and for every operation in SIGNED
-    the sign of its magnitude. eta: temperature of the selection.
+    z, p, mu: (L, K, 16) each, so 3 * 16 * K * L parameters: for every sub-policy, stage and operation the logit
+    of its selection, the probability that it is applied and its magnitude in [0, 1], all from U(0, 1) at the
+    start [A]. Every image draws a sub-policy of its own (the reference gives a whole chunk of a batch one [C]),
+    and for every operation in SIGNED the sign of its magnitude. eta: temperature of the selection.
     """
 
     def __init__(self, sub_policies: int = 10, stages: int = 2, eta: float = 0.05):
@@ -183,28 +185,23 @@ class Policy(nn.Module):
         self.p = nn.Parameter(torch.rand(shape))
         self.mu = nn.Parameter(torch.rand(shape))
         self.eta = eta
+        signed = torch.tensor([name in SIGNED for name in AUGMENTATIONS])
+        self.register_buffer("signed", signed, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        L, K, _ = self.z.shape
-        B = len(images)
-        which = torch.randint(L, (B,), device=images.device)
+        L = len(self.z)
+        which = torch.randint(L, (len(images),), device=images.device)  # a sub-policy for every image
         weights = (self.z[which] / self.eta).softmax(2)  # Eq. (3), (B, K, 16)
         masks = relaxed_bernoulli(self.p[which])  # of Eq. (1), (B, K, 16)
-        signs = 1 - 2 * torch.randint(2, masks.shape, device=images.device)
-        magnitudes = self.mu[which]  # (B, K, 16)
+        signs = 1 - 2 * self.signed * torch.randint(2, masks.shape, device=images.device)
+        magnitudes = self.mu[which] * signs  # (B, K, 16)
 
-        for k in range(K):
-            # One (B,) for each operation. unbind, and once: its backward pass is a single stack
-            weight = weights[:, k].unbind(1)
-            mask = masks[:, k].unbind(1)
-            magnitude = magnitudes[:, k].unbind(1)
-            signed = (magnitudes[:, k] * signs[:, k]).unbind(1)
-
+        for weight, mask, magnitude in zip(weights.unbind(1), masks.unbind(1), magnitudes.unbind(1)):  # stage by stage
             mixed = torch.zeros_like(images)
-            for n, (name, operation) in enumerate(AUGMENTATIONS.items()):
-                changed = operation(images, signed[n] if name in SIGNED else magnitude[n])
-                maybe = torch.lerp(images, changed, per_image(mask[n]))  # Eq. (1)
-                mixed = mixed + per_image(weight[n]) * maybe  # Eq. (2)
+            by_operation = zip(AUGMENTATIONS.values(), weight.unbind(1), mask.unbind(1), magnitude.unbind(1))
+            for operation, w, m, mu in by_operation:  # (B,) each
+                maybe = torch.lerp(images, operation(images, mu), per_image(m))  # Eq. (1)
+                mixed = mixed + per_image(w) * maybe  # Eq. (2)
             images = mixed + (mixed.clamp(0, 1) - mixed).detach()  # only rounding leaves [0, 1]
         return images
 
@@ -238,7 +235,8 @@ def augment(images: Tensor, policy: Policy) -> Tensor:
     which = torch.randint(L, (B,), device=images.device)
     for k in range(K):
         selection = policy.selection()[which, k]  # (B, 16)
-        # A draw from Cat(selection) for every image. (torch.multinomial would make a GPU wait: it checks rows on the host)
+        # A draw from Cat(selection) for every image. (torch.multinomial would make a GPU wait: it checks rows
+        # on the host)
         choice = (selection / torch.empty_like(selection).exponential_()).argmax(1)
         p = policy.p[which, k, choice]
         mu = policy.mu[which, k, choice]
@@ -270,7 +268,8 @@ class MixedOp(nn.Module):
 def candidate(name: str, channels: int, stride: int) -> nn.Sequential:
     """One of PRIMITIVES[1:] as DARTS searches with it: no affine batch norm, and one after each pool.
 
-    Its first layer is the same on every edge that leaves a state, and is computed once for all of them (see Shared).
+    Its first layer is the same on every edge that leaves a state, and is computed once for all of them (see
+    Shared).
     """
     layers = list(common.operation(name, channels, stride, affine=False))
     if name.endswith("pool_3x3"):
@@ -290,7 +289,10 @@ class State:
 
 
 class Shared(nn.Module):
-    """A layer that all edges which leave a State have in common: the first that asks computes it. Of a tensor: f(x)."""
+    """A layer that all edges which leave a State have in common: the first that asks computes it.
+
+    Of a tensor it is f(x).
+    """
 
     def __init__(self, name: str, f: nn.Module):
         super().__init__()
@@ -306,8 +308,10 @@ class Shared(nn.Module):
 
 
 class DartsCell(nn.Module):
-    """A cell whose 14 edges all carry the mixed operation. s0 (B, c_before, H, W), of twice that size if `halved`, and
-    s1 (B, c_in, H, W): the outputs of the two cells before."""
+    """A cell whose 14 edges all carry the mixed operation.
+
+    s0 (B, c_before, H, W), of twice that size if `halved`, and s1 (B, c_in, H, W): the outputs of the two cells before.
+    """
 
     def __init__(self, c_before: int, c_in: int, channels: int, reduction: bool, halved: bool):
         super().__init__()
@@ -367,8 +371,10 @@ class DartsSupernet(nn.Module):
         return [self.alphas_normal, self.alphas_reduce]
 
     def genotype(self) -> Genotype:
-        """Alg. 1, line 16. An edge's operation is its strongest but "none" [P]; of a node's edges the two with the strongest
-        operations stay [A: DARTS]."""
+        """Alg. 1, line 16: an edge's operation is its strongest but "none" [P].
+
+        Of a node's edges the two with the strongest operations stay [A: DARTS].
+        """
         cells = []
         for alphas in self.alphas():
             strength, operation = alphas.detach().softmax(1)[:, 1:].cpu().max(1)  # of every edge, (14,)
@@ -392,6 +398,7 @@ class DartsSupernet(nn.Module):
 TORCHRUN = dist.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
+QUIET = True if RANK > 0 else None  # progress bars: none, or where there is a terminal
 
 
 class JointSearch:
@@ -400,7 +407,9 @@ class JointSearch:
     With --genotype the network is that genotype's, and there is no alpha; with --policy there are no z, p and mu.
     """
 
-    def __init__(self, args: argparse.Namespace, data: common.Data, device: torch.device, genotype: Genotype | None = None):
+    def __init__(
+        self, args: argparse.Namespace, data: common.Data, device: torch.device, genotype: Genotype | None = None
+    ):
         size = (args.search_channels, args.search_layers)
         stem = common.stem_for(data.train_images)
         if genotype:
@@ -435,7 +444,7 @@ class JointSearch:
             part.load_state_dict(state[name])
 
     def loss(self, images: Tensor, labels: Tensor, amp: bool) -> tuple[Tensor, Tensor]:
-        """L(w, alpha, z, p, mu) on uint8 images (B, 3, H, W) and labels (B,): cross-entropy; and the accuracy in %."""
+        """L(w, alpha, z, p, mu), the cross-entropy, and the accuracy in %. images uint8 (B, 3, H, W), labels (B,)."""
         x = images / 255
         if self.policy:
             x = self.policy(x)
@@ -468,9 +477,10 @@ def learn(some: list[Tensor], others: list[Tensor]) -> None:
 
 
 def search_step(s: JointSearch, val: tuple[Tensor, Tensor], train: tuple[Tensor, Tensor], amp: bool = False) -> Tensor:
-    """One iteration of Alg. 1, on a batch of D_val and one of D_train: (images, labels), the images uint8 (B, 3, H, W).
+    """One iteration of Alg. 1.
 
-    Returns (L_val, its accuracy in %, L_train, its accuracy in %), (4,).
+    val, train: a batch of D_val and one of D_train, (images, labels), the images uint8 (B, 3, H, W). Returns L_val, its
+    accuracy in %, L_train, its accuracy in %: (4,).
     """
     # Eq. (9): the policy and alpha, at the present w (xi = 0 in Eq. 8)
     learn(s.upper, others=s.w)
@@ -584,7 +594,7 @@ def search(
         steps = len(val_order)
         totals = torch.zeros(4, device=device)
         batches = zip(val_batches, train_batches)
-        for val, train in tqdm(batches, f"search {epoch + 1}", steps, leave=False, disable=RANK > 0 or None):
+        for val, train in tqdm(batches, f"search {epoch + 1}", steps, leave=False, disable=QUIET):
             totals += search_step(s, val, train, args.amp)
 
         flags = "--lr, --arch-lr or --policy-lr"
@@ -608,11 +618,13 @@ def search(
         if s.policy:
             record["selection"] = dict(zip(AUGMENTATIONS, s.policy.selection().mean((0, 1)).tolist()))
         print(
-            f"epoch {epoch + 1}  search  L_train {loss:.3f} {accuracy:.1f} %  L_val {val_loss:.3f} {val_accuracy:.1f} %  "
-            f"lr {lr:.4f}  skip-connections in the normal cell {skips} of 8"
+            f"epoch {epoch + 1}  search  L_train {loss:.3f} {accuracy:.1f} %  "
+            f"L_val {val_loss:.3f} {val_accuracy:.1f} %  lr {lr:.4f}  normal cell: {skips} of 8 skip"
         )
         if skips > 4 and not genotype:
-            print("warning: most operations of the normal cell are skip-connections: the search collapses. metrics.jsonl")
+            print(
+                "warning: most operations of the normal cell are skip-connections: the search collapses. metrics.jsonl"
+            )
             print("has the genotype of every epoch, and a run with fewer --search-epochs ends before it")
         directory.end_epoch(record, time.time() - begun, search=s.state_dict())
     return s
@@ -653,7 +665,7 @@ def train(args: argparse.Namespace, data: common.Data, device: torch.device, dir
         order = common.batches(len(data.train_images), args.batch_size, seed, RANK, WORLD).to(device)
         batches = common.loader(data.train_images, data.train_labels, order, train=True)
         totals = torch.zeros(2, device=device)
-        for images, labels in tqdm(batches, f"train {epoch + 1}", len(order), leave=False, disable=RANK > 0 or None):
+        for images, labels in tqdm(batches, f"train {epoch + 1}", len(order), leave=False, disable=QUIET):
             # Crop and flip, the policy, cutout
             x = images / 255
             if policy:
@@ -690,7 +702,8 @@ def train(args: argparse.Namespace, data: common.Data, device: torch.device, dir
             "drop_path": net.drop_path_prob,
         }
         print(
-            f"epoch {record['epoch']}  train  loss {loss:.3f}  train {accuracy:.1f} %  test {test_accuracy:.1f} %  lr {lr:.4f}"
+            f"epoch {record['epoch']}  train  loss {loss:.3f}  train {accuracy:.1f} %  "
+            f"test {test_accuracy:.1f} %  lr {lr:.4f}"
         )
         state = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
         directory.end_epoch(record, time.time() - begun, train=state)
@@ -700,7 +713,7 @@ def train(args: argparse.Namespace, data: common.Data, device: torch.device, dir
 def save_joint(
     args: argparse.Namespace, data: common.Data, device: torch.device, net: Network | None, directory: "RunDirectory"
 ) -> None:
-    """Write model.pt, the figures, and at last result.json, which says that all is there. net: None after --search-only."""
+    """Write model.pt, the figures, and last result.json: all is there. net: None after --search-only."""
     out = directory.out
     genotype = common.load_genotype(out / "genotype.json")
     stem = common.stem_for(data.train_images)
@@ -781,8 +794,10 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[
 
 
 def draw_joint(directory: "RunDirectory", genotype: Genotype, images: Tensor) -> None:
-    """images.png, of test images (B, 3, H, W) in [0, 1] and what the policy does to them; cells.png, curves.png; and
-    selection.png, the paper's Figure 2."""
+    """images.png, cells.png, curves.png, and selection.png, the paper's Figure 2.
+
+    images: test images (B, 3, H, W) in [0, 1]; images.png shows what the policy does to them.
+    """
     out, history = directory.out, directory.history
     if (out / "policy.json").exists():
         torch.manual_seed(0)
@@ -931,7 +946,8 @@ PLACES = ("out", "resume", "gpu", "workers", "data_dir")
 def settings_of_run(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """Parse argv; with --resume and --evaluate the settings of the run in that directory stand below the flags.
 
-    Writes nothing. Ends the program where --out holds something else, or a flag contradicts the run that --resume goes on with.
+    Writes nothing. Ends the program where --out holds something else, or a flag contradicts the run that
+    --resume goes on with.
     """
     script = Path(__file__)
     args = parser.parse_args(argv)
@@ -963,10 +979,10 @@ def settings_of_run(parser: argparse.ArgumentParser, argv: list[str]) -> argpars
 
 
 class RunDirectory:
-    """The directory --out, made or gone on with, and locked while the process lives. Only process 0 writes into it.
+    """The directory --out, made or gone on with, and locked while the process lives.
 
-    config.json: settings and versions. metrics.jsonl: `history`, one record per epoch. checkpoint.pt: what --resume needs.
-    rank, world: the number of this process and how many there are.
+    config.json: settings and versions. metrics.jsonl: `history`, one record per epoch. checkpoint.pt: what --resume
+    needs. rank, world: the number of this process and how many there are; only process 0 writes.
     """
 
     def __init__(self, args: argparse.Namespace, device: torch.device, rank: int = 0, world: int = 1):
@@ -981,13 +997,13 @@ class RunDirectory:
             try:
                 fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise InputError(f"another process is writing {self.out}: wait for it, or choose another --out") from None
+                raise InputError(f"another process is writing {self.out}") from None
 
         if (self.out / "checkpoint.pt").exists():
             try:
                 self.state = torch.load(self.out / "checkpoint.pt", map_location="cpu", weights_only=True)
             except Exception as error:  # a damaged file can make the unpickler raise anything
-                raise InputError(f"cannot read {self.out / 'checkpoint.pt'}: delete {self.out} and start again") from error
+                raise InputError(f"cannot read {self.out}/checkpoint.pt: delete {self.out}, start again") from error
         self.history = self.state["history"]
         self.seconds = self.state["seconds"]
 
@@ -1059,7 +1075,7 @@ def main(argv: list[str]) -> None:
             evaluate_run(args, device, *load_network(Path(args.evaluate) / "model.pt", device))
         else:
             run_joint(args, device)
-    except (InputError, OSError, torch.cuda.OutOfMemoryError) as error:  # all else is a fault of ours: its traceback is kept
+    except (InputError, OSError, torch.cuda.OutOfMemoryError) as error:  # all else keeps its traceback
         print("error:", *str(error).splitlines()[:1], file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -1070,8 +1086,9 @@ def main(argv: list[str]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Augmentations: images (B, 3, H, W) float in [0, 1], magnitude (B,) in [0, 1], in [-1, 1] for those in SIGNED. Where an
-# operation has a magnitude, 0 is the identity. Ranges are AutoAugment's. The input is never changed; the result lies in [0, 1].
+# Augmentations: images (B, 3, H, W) float in [0, 1], magnitude (B,) in [0, 1], in [-1, 1] for those in SIGNED.
+# Where an operation has a magnitude, 0 is the identity. Ranges are AutoAugment's. The input is never changed;
+# the result lies in [0, 1].
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -1089,7 +1106,7 @@ def pixel_centers(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sample_at(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Each pixel shows the input at (x, y), (B, H, W) each or of a shape that expands to it. Bilinear; outside is 0."""
+    """Each pixel shows the input at (x, y), of a shape that expands to (B, H, W). Bilinear; outside is 0."""
     B, _, H, W = images.shape
     grid = torch.stack([(x * 2 / W - 1).expand(B, H, W), (y * 2 / H - 1).expand(B, H, W)], -1)
     out = F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
@@ -1127,7 +1144,9 @@ def rotate(images: Tensor, magnitude: Tensor) -> Tensor:
     dx = x - W / 2
     dy = y - H / 2
     angle = magnitude.view(-1, 1, 1) * math.pi / 6
-    return sample_at(images, angle.cos() * dx - angle.sin() * dy + W / 2, angle.sin() * dx + angle.cos() * dy + H / 2)
+    cos = angle.cos()
+    sin = angle.sin()
+    return sample_at(images, cos * dx - sin * dy + W / 2, sin * dx + cos * dy + H / 2)
 
 
 def blend(ground: Tensor, images: Tensor, magnitude: Tensor) -> Tensor:
@@ -1157,7 +1176,7 @@ def contrast(images: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def sharpness(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Blend with the smoothed image: 3x3, the centre weighs 5/13, its neighbours 1/13; the outermost pixels stay."""
+    """Blend with the smoothed image: 3x3, the centre weighs 5/13, its neighbours 1/13; the border stays as it is."""
     if min(images.shape[2:]) < 3:
         return images.clone()
     inside = images[:, :, 1:-1, 1:-1]
@@ -1193,7 +1212,7 @@ def auto_contrast(images: Tensor, magnitude: Tensor) -> Tensor:
     levels = (images * 255).round().long().clamp(0, 255).flatten(2)  # (B, 3, H W)
     low = levels.amin(2, keepdim=True).double()
     high = levels.amax(2, keepdim=True).double()
-    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # a true division, as PIL's: 255.0 / tensor is none
+    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # PIL divides; 255.0 / tensor multiplies
     every_level = torch.arange(256, device=images.device, dtype=torch.float64)
     stretched = (every_level * scale - low * scale).floor().clamp(0, 255)
     table = torch.where(high > low, stretched, every_level) / 255  # (B, 3, 256): the new value of each level
@@ -1230,8 +1249,11 @@ def identity_gradient(operation):
 
 
 def falling_gradient(operation):
-    """The operation, with the gradient -1 for the magnitude. Faster AutoAugment's rule is +1 for the threshold of Solarize
-    and for the bits that Posterize keeps [A]; both fall as our magnitude rises."""
+    """The operation, with the gradient -1 for the magnitude.
+
+    Faster AutoAugment's rule is +1 for Solarize's threshold and for the bits that Posterize keeps [A]; both fall as our
+    magnitude rises.
+    """
 
     def with_gradient(images: Tensor, magnitude: Tensor) -> Tensor:
         m = per_image(magnitude)
@@ -1264,10 +1286,11 @@ SIGNED = {
 
 
 def apply_each(images: Tensor, choice: Tensor, magnitude: Tensor) -> Tensor:
-    """Each image through its own operation: choice (B,), a number in AUGMENTATIONS; any other number leaves the image alone.
+    """Each image through its own operation.
 
-    magnitude (B,) in [-1, 1]; only the operations in SIGNED see its sign. Every operation gets the whole batch: to pick the
-    images of one would make a GPU wait for the host.
+    choice (B,): a number in AUGMENTATIONS; any other leaves the image alone. magnitude (B,) in [-1, 1]; only the
+    operations in SIGNED see its sign. Every operation gets the whole batch: to pick the images of one, a GPU would wait
+    for the host.
     """
     out = images
     for n, (name, operation) in enumerate(AUGMENTATIONS.items()):
