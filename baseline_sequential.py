@@ -197,12 +197,13 @@ class Policy(nn.Module):
         signs = 1 - 2 * self.signed * torch.randint(2, masks.shape, device=images.device)
         magnitudes = self.mu[which] * signs  # (B, K, 16)
 
-        for weight, mask, magnitude in zip(weights.unbind(1), masks.unbind(1), magnitudes.unbind(1)):  # stage by stage
+        # Stage by stage, (B, 16), and in each operation by operation, (B,)
+        for stage in zip(weights.unbind(1), masks.unbind(1), magnitudes.unbind(1)):
             mixed = torch.zeros_like(images)
-            by_operation = zip(AUGMENTATIONS.values(), weight.unbind(1), mask.unbind(1), magnitude.unbind(1))
-            for operation, w, m, mu in by_operation:  # (B,) each
-                maybe = torch.lerp(images, operation(images, mu), per_image(m))  # Eq. (1)
-                mixed = mixed + per_image(w) * maybe  # Eq. (2)
+            by_operation = zip(AUGMENTATIONS.values(), *[numbers.unbind(1) for numbers in stage])
+            for operation, weight, mask, magnitude in by_operation:
+                maybe = torch.lerp(images, operation(images, magnitude), per_image(mask))  # Eq. (1)
+                mixed = mixed + per_image(weight) * maybe  # Eq. (2)
             images = mixed + (mixed.clamp(0, 1) - mixed).detach()  # only rounding leaves [0, 1]
         return images
 
@@ -626,6 +627,7 @@ def settings_of_run(parser: argparse.ArgumentParser, argv: list[str]) -> argpars
     folder = Path(args.evaluate or args.out or f"runs/{script.stem}-{args.dataset}-seed{args.seed}")
     args.out = str(folder)
 
+    # A new run: its directory must not hold anything else
     if not args.evaluate and not (args.resume and (folder / "config.json").exists()):
         begun = {"metrics.jsonl", "config.json.part"}  # what a start that was killed may have left
         if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= begun):
@@ -640,6 +642,7 @@ def settings_of_run(parser: argparse.ArgumentParser, argv: list[str]) -> argpars
     except (OSError, ValueError, TypeError, LookupError) as error:
         parser.error(f"cannot read {folder / 'config.json'}: {type(error).__name__}")
 
+    # argparse fills a given namespace, and leaves what argv does not name
     evaluated = args.evaluate
     args = parser.parse_args(argv, argparse.Namespace(**saved))
     args.out = str(folder)
@@ -671,6 +674,7 @@ class RunDirectory:
             except BlockingIOError:
                 raise InputError(f"another process is writing {self.out}") from None
 
+        # How far it got
         if (self.out / "checkpoint.pt").exists():
             try:
                 self.state = torch.load(self.out / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -679,6 +683,7 @@ class RunDirectory:
         self.history = self.state["history"]
         self.seconds = self.state["seconds"]
 
+        # What the run is, for its reader and for --resume
         if self.rank == 0 and not (self.out / "config.json").exists():
             git = ["git", "-C", str(script.parent), "rev-parse", "HEAD"]
             commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -694,8 +699,9 @@ class RunDirectory:
             }
             (self.out / script.name).write_bytes(script.read_bytes())
             save(self.out / "config.json", config)
+        # A killed run's log may lack a line that its checkpoint has
         if self.rank == 0:
-            self.log.truncate(0)  # it may hold a line that the checkpoint lacks, or lack one
+            self.log.truncate(0)
             for record in self.history:
                 print(json.dumps(record), file=self.log, flush=True)
 

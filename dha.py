@@ -273,9 +273,9 @@ def ista(A: Tensor, b: Tensor, lam: float, tolerance: float = 1e-9, rounds: int 
     A_cpu = A.double().cpu()
     G = A_cpu.mT @ A_cpu  # A^T A (..., n, n)
     c = (A_cpu.mT @ b.double().cpu().unsqueeze(-1)).squeeze(-1)  # A^T b (..., n)
-    lipschitz = torch.linalg.matrix_norm(G, 2).unsqueeze(-1).clamp(min=1e-30)  # the paper's L (..., 1)
+    lipschitz = torch.linalg.matrix_norm(G, 2).unsqueeze(-1).clamp(min=1e-30)  # the paper's L, of the gradient (..., 1)
     largest = c.abs().amax(-1, keepdim=True)
-    lam_now = (largest / 2).clamp(min=lam)
+    lam_now = (largest / 2).clamp(min=lam)  # continuation: from here down to lam
     alpha = torch.zeros_like(c)
 
     for _ in range(rounds):
@@ -292,6 +292,7 @@ def ista(A: Tensor, b: Tensor, lam: float, tolerance: float = 1e-9, rounds: int 
             ahead = new + torch.where(uphill, 0.0, (t - 1) / t_new) * (new - alpha)
             alpha, t = new, t_new
 
+        # Jumps; on each of which entries may leave the support
         for _ in range(3):
             alpha = active_set_step(G, c, lipschitz, lam_now, alpha)
 
@@ -428,6 +429,7 @@ class SparseSupernet(nn.Module):
             for norm in batch_norms(cell.nodes):
                 norm.requires_grad_(False)
 
+        # A is random and fixed; nodes with fewer candidates than others have zeros
         nodes = len(self.states)
         A = torch.rand(nodes, CODE, len(self.ops) * max(self.states))  # U(0, 1) [A]
         for cell in self.cells:
@@ -435,7 +437,9 @@ class SparseSupernet(nn.Module):
                 A[k, :, len(candidates) :] = 0
         self.register_buffer("A", A)
         self.register_buffer("alpha", torch.zeros(nodes, A.shape[2]))
-        self.register_buffer("A_S", torch.zeros(nodes, CODE, self.kept))  # A and alpha, on the support
+
+        # The same on the support S, for `strength`; and what the search moves: b, and with it the support
+        self.register_buffer("A_S", torch.zeros(nodes, CODE, self.kept))
         self.register_buffer("alpha_S", torch.zeros(nodes, self.kept))
         self.b = nn.ParameterList(b_scale * torch.randn(CODE) for _ in range(nodes))
         self.frozen = [False] * nodes
@@ -522,7 +526,7 @@ class SparseSupernet(nn.Module):
 
     @torch.no_grad()
     def freeze(self, k: int) -> None:
-        """End the search of node k: its last batch norms absorb the strengths; all its batch norms learn from now on."""
+        """End the search of node k: its last batch norms absorb the strengths, and all of them learn from now on."""
         strength = self.strength(k)
         for i, op in enumerate(self.running(k, self.support)):
             for norm in batch_norms(op)[-1:]:
@@ -584,6 +588,8 @@ def overrun(net: SparseSupernet, support: list, args: argparse.Namespace, image_
     Up to 1 it keeps --max-params and --max-flops; without them it is 0.
     """
     shares = [0.0]
+
+    # Parameters: all, without b and the candidates that do not run
     if args.max_params:
         running = set()
         for k in range(len(support)):
@@ -595,10 +601,12 @@ def overrun(net: SparseSupernet, support: list, args: argparse.Namespace, image_
         params = common.count_parameters(net) - sum(p.numel() for p in idle)
         shares.append(params / args.max_params)
 
+    # Multiply-adds: of the network as it would be
     if args.max_flops:
-        now, net.support = net.support, support
+        present = net.support
+        net.support = support
         shares.append(common.count_flops(net, image_size) / args.max_flops)
-        net.support = now
+        net.support = present
     return max(shares)
 
 
@@ -613,11 +621,12 @@ def start_within_limits(net: SparseSupernet, args: argparse.Namespace, image_siz
     for n in range(300):
         if nearest <= 1:
             return
+        # A column of A is the code of an alpha that is 1 there and 0 elsewhere
         k = n % len(net.b)
-        before = net.b[k].clone()
         candidates = int(net.A[k].any(0).sum())
         chosen = int(torch.randint(candidates, ()))
-        code = net.A[k][:, chosen] + 0.02 * torch.randn_like(before)  # of an alpha that is 1 there, about 0 elsewhere
+        before = net.b[k].clone()
+        code = net.A[k][:, chosen] + 0.02 * torch.randn_like(before)
         net.b[k].copy_(args.b_scale * code)
 
         alpha = net.decode()
@@ -652,11 +661,13 @@ class DHA:
         self.net.to(device, memory_format=torch.channels_last)
         self.theta = [p for name, p in self.net.named_parameters() if not name.startswith("b.")]
         self.velocity = {}  # of the weights that the last step moved: their v
-        # As DARTS moves alpha [A]
+
+        # b moves as DARTS' alpha does [A]; for tau all pairs are alike; lr and wd are tensors: no step waits for them
         self.b_optimizer = torch.optim.Adam(self.net.b, args.arch_lr, betas=(0.5, 0.999), weight_decay=1e-3)
         self.tau = torch.zeros(len(AUGMENTATIONS), len(AUGMENTATIONS), device=device, requires_grad=True)
-        self.lr = torch.tensor(args.lr, device=device)  # tensors, so that no step waits for the GPU
+        self.lr = torch.tensor(args.lr, device=device)
         self.wd = torch.tensor(args.weight_decay, device=device)
+
         mean, std = common.mean_std(data.train_images)
         self.mean = mean.to(device)
         self.std = std.to(device)
@@ -745,8 +756,8 @@ def train_step(s: DHA, images: Tensor, labels: Tensor, args: argparse.Namespace)
         d_lr, d_wd = hypergradient([p.grad for p in moved], [s.velocity[p] for p in moved], moved, s.lr)
         lr_change = (args.beta_lr * d_lr).clamp(-MAX_LR_CHANGE * s.lr, MAX_LR_CHANGE * s.lr)
         wd_change = (args.beta_wd * d_wd).clamp(-MAX_WD_CHANGE, MAX_WD_CHANGE)
-        s.lr.sub_(lr_change).clamp_(*LR_RANGE)
-        s.wd.sub_(wd_change).clamp_(*WD_RANGE)
+        s.lr.sub_(lr_change).clamp_(*LR_RANGE)  # Eq. (3)
+        s.wd.sub_(wd_change).clamp_(*WD_RANGE)  # Eq. (3)
 
     # 4. The policy. Eq. (2) is a sum over the batch: of the processes' shares of it, average_gradients took the mean
     if not args.no_da:
@@ -895,7 +906,6 @@ def save_dha(s: DHA, args: argparse.Namespace, data: common.Data, directory: "Ru
         save(out / "policy.json", {"operations": list(AUGMENTATIONS), "probability": p.tolist()})
 
     image_size = data.train_images.shape[-1]
-    accuracy = evaluate(net, data.test_images, data.test_labels, s.mean, s.std)
     model = {
         "state_dict": {name: value.cpu() for name, value in net.state_dict().items()},
         "genotype": str(genotype),
@@ -919,7 +929,7 @@ def save_dha(s: DHA, args: argparse.Namespace, data: common.Data, directory: "Ru
     if method == "DHA without DA without HPO":
         method = "One-Stage ISTA"
     result = {
-        "test_accuracy": accuracy,
+        "test_accuracy": directory.history[-1]["test_accuracy"],
         "method": method,
         "dataset": args.dataset,
         "seed": args.seed,
@@ -1121,6 +1131,7 @@ def settings_of_run(parser: argparse.ArgumentParser, argv: list[str]) -> argpars
     folder = Path(args.evaluate or args.out or f"runs/{script.stem}-{args.dataset}-seed{args.seed}")
     args.out = str(folder)
 
+    # A new run: its directory must not hold anything else
     if not args.evaluate and not (args.resume and (folder / "config.json").exists()):
         begun = {"metrics.jsonl", "config.json.part"}  # what a start that was killed may have left
         if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= begun):
@@ -1135,6 +1146,7 @@ def settings_of_run(parser: argparse.ArgumentParser, argv: list[str]) -> argpars
     except (OSError, ValueError, TypeError, LookupError) as error:
         parser.error(f"cannot read {folder / 'config.json'}: {type(error).__name__}")
 
+    # argparse fills a given namespace, and leaves what argv does not name
     evaluated = args.evaluate
     args = parser.parse_args(argv, argparse.Namespace(**saved))
     args.out = str(folder)
@@ -1166,6 +1178,7 @@ class RunDirectory:
             except BlockingIOError:
                 raise InputError(f"another process is writing {self.out}") from None
 
+        # How far it got
         if (self.out / "checkpoint.pt").exists():
             try:
                 self.state = torch.load(self.out / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -1174,6 +1187,7 @@ class RunDirectory:
         self.history = self.state["history"]
         self.seconds = self.state["seconds"]
 
+        # What the run is, for its reader and for --resume
         if self.rank == 0 and not (self.out / "config.json").exists():
             git = ["git", "-C", str(script.parent), "rev-parse", "HEAD"]
             commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -1189,8 +1203,9 @@ class RunDirectory:
             }
             (self.out / script.name).write_bytes(script.read_bytes())
             save(self.out / "config.json", config)
+        # A killed run's log may lack a line that its checkpoint has
         if self.rank == 0:
-            self.log.truncate(0)  # it may hold a line that the checkpoint lacks, or lack one
+            self.log.truncate(0)
             for record in self.history:
                 print(json.dumps(record), file=self.log, flush=True)
 

@@ -196,12 +196,13 @@ class Policy(nn.Module):
         signs = 1 - 2 * self.signed * torch.randint(2, masks.shape, device=images.device)
         magnitudes = self.mu[which] * signs  # (B, K, 16)
 
-        for weight, mask, magnitude in zip(weights.unbind(1), masks.unbind(1), magnitudes.unbind(1)):  # stage by stage
+        # Stage by stage, (B, 16), and in each operation by operation, (B,)
+        for stage in zip(weights.unbind(1), masks.unbind(1), magnitudes.unbind(1)):
             mixed = torch.zeros_like(images)
-            by_operation = zip(AUGMENTATIONS.values(), weight.unbind(1), mask.unbind(1), magnitude.unbind(1))
-            for operation, w, m, mu in by_operation:  # (B,) each
-                maybe = torch.lerp(images, operation(images, mu), per_image(m))  # Eq. (1)
-                mixed = mixed + per_image(w) * maybe  # Eq. (2)
+            by_operation = zip(AUGMENTATIONS.values(), *[numbers.unbind(1) for numbers in stage])
+            for operation, weight, mask, magnitude in by_operation:
+                maybe = torch.lerp(images, operation(images, magnitude), per_image(mask))  # Eq. (1)
+                mixed = mixed + per_image(weight) * maybe  # Eq. (2)
             images = mixed + (mixed.clamp(0, 1) - mixed).detach()  # only rounding leaves [0, 1]
         return images
 
@@ -234,14 +235,15 @@ def augment(images: Tensor, policy: Policy) -> Tensor:
     B = len(images)
     which = torch.randint(L, (B,), device=images.device)
     for k in range(K):
+        # A draw from Cat(selection) for every image. (torch.multinomial makes a GPU wait where it draws row by row)
         selection = policy.selection()[which, k]  # (B, 16)
-        # A draw from Cat(selection) for every image. (torch.multinomial would make a GPU wait: it checks rows
-        # on the host)
         choice = (selection / torch.empty_like(selection).exponential_()).argmax(1)
+
+        # Eq. (1); N is the number of no operation
         p = policy.p[which, k, choice]
         mu = policy.mu[which, k, choice]
         sign = 1 - 2 * torch.randint(2, (B,), device=images.device)
-        choice = torch.where(torch.rand(B, device=images.device) < p, choice, N)  # Eq. (1); N is no operation
+        choice = torch.where(torch.rand(B, device=images.device) < p, choice, N)
         images = apply_each(images, choice, sign * mu)
     return images
 
@@ -268,8 +270,7 @@ class MixedOp(nn.Module):
 def candidate(name: str, channels: int, stride: int) -> nn.Sequential:
     """One of PRIMITIVES[1:] as DARTS searches with it: no affine batch norm, and one after each pool.
 
-    Its first layer is the same on every edge that leaves a state, and is computed once for all of them (see
-    Shared).
+    Its first layer is the same on every edge that leaves a state, and is computed once for all of them: see Shared.
     """
     layers = list(common.operation(name, channels, stride, affine=False))
     if name.endswith("pool_3x3"):
@@ -738,8 +739,7 @@ def save_joint(
     if net is not None:
         plain.load_state_dict(net.state_dict(), strict=False)
         mean, std = common.mean_std(data.train_images)
-        accuracy = evaluate(plain, data.test_images, data.test_labels, mean.to(device), std.to(device))
-        result = {"test_accuracy": accuracy, **result}
+        result = {"test_accuracy": directory.history[-1]["test_accuracy"], **result}
         model = {
             "state_dict": {name: value.cpu() for name, value in plain.state_dict().items()},
             "genotype": str(genotype),
@@ -954,6 +954,7 @@ def settings_of_run(parser: argparse.ArgumentParser, argv: list[str]) -> argpars
     folder = Path(args.evaluate or args.out or f"runs/{script.stem}-{args.dataset}-seed{args.seed}")
     args.out = str(folder)
 
+    # A new run: its directory must not hold anything else
     if not args.evaluate and not (args.resume and (folder / "config.json").exists()):
         begun = {"metrics.jsonl", "config.json.part"}  # what a start that was killed may have left
         if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= begun):
@@ -968,6 +969,7 @@ def settings_of_run(parser: argparse.ArgumentParser, argv: list[str]) -> argpars
     except (OSError, ValueError, TypeError, LookupError) as error:
         parser.error(f"cannot read {folder / 'config.json'}: {type(error).__name__}")
 
+    # argparse fills a given namespace, and leaves what argv does not name
     evaluated = args.evaluate
     args = parser.parse_args(argv, argparse.Namespace(**saved))
     args.out = str(folder)
@@ -999,6 +1001,7 @@ class RunDirectory:
             except BlockingIOError:
                 raise InputError(f"another process is writing {self.out}") from None
 
+        # How far it got
         if (self.out / "checkpoint.pt").exists():
             try:
                 self.state = torch.load(self.out / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -1007,6 +1010,7 @@ class RunDirectory:
         self.history = self.state["history"]
         self.seconds = self.state["seconds"]
 
+        # What the run is, for its reader and for --resume
         if self.rank == 0 and not (self.out / "config.json").exists():
             git = ["git", "-C", str(script.parent), "rev-parse", "HEAD"]
             commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -1022,8 +1026,9 @@ class RunDirectory:
             }
             (self.out / script.name).write_bytes(script.read_bytes())
             save(self.out / "config.json", config)
+        # A killed run's log may lack a line that its checkpoint has
         if self.rank == 0:
-            self.log.truncate(0)  # it may hold a line that the checkpoint lacks, or lack one
+            self.log.truncate(0)
             for record in self.history:
                 print(json.dumps(record), file=self.log, flush=True)
 
