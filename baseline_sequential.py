@@ -52,9 +52,11 @@ from tqdm import tqdm
 import common
 from common import InputError
 
+if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's may be missing here, and files need none
 try:
     from matplotlib.figure import Figure
-except ImportError:
+except (ImportError, ValueError):
     Figure = None  # no figures
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -51,10 +51,12 @@ from tqdm import tqdm
 import common
 from common import FactorizedReduce, Genotype, InputError
 
+if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's may be missing here, and files need none
 try:
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
-except ImportError:
+except (ImportError, ValueError):
     Figure = None  # no figures
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -51,10 +51,12 @@ from tqdm import tqdm
 import common
 from common import PRIMITIVES, FactorizedReduce, Genotype, InputError, Network
 
+if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's may be missing here, and files need none
 try:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
-except ImportError:
+except (ImportError, ValueError):
     Figure = None  # no figures
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Paths, markers, and what test_runs.py needs: the three scripts with flags for runs of seconds."""
 
-import contextlib
-import io
+import gc
 import json
 import os
 import re
@@ -9,10 +8,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import NamedTuple
 
-import matplotlib.pyplot
+import matplotlib.figure
 import pytest
 import torch
 import torchvision
@@ -33,6 +32,20 @@ def pytest_configure(config):
         config.option.markexpr = "not slow"
 
 
+def call(module: ModuleType, *flags) -> int:
+    """Run a script in this process; its exit code."""
+    try:
+        module.main(list(map(str, flags)))
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+        if isinstance(code, str):  # Python prints the text and exits with 1
+            print(code, file=sys.stderr)
+            code = 1
+    gc.collect()  # the lock ends with the run's last object
+    return code
+
+
 class Script(NamedTuple):
     module: ModuleType
     short: list[str]  # flags of a short run
@@ -41,12 +54,13 @@ class Script(NamedTuple):
     files: list[str]  # that a short run leaves, beside those that all leave
 
     def run(self, *flags) -> int:
-        return self.module.main([*self.short, *map(str, flags)])
+        return call(self.module, *self.short, *flags)
 
-    def process(self, *flags, launch: str = "", stdout: int | None = subprocess.PIPE) -> subprocess.Popen:
+    def process(self, *flags, launch: str = "", **options) -> subprocess.Popen:
         command = [sys.executable, "-u", *launch.split(), self.module.__file__, *self.short, *map(str, flags)]
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(command, env=env, stdout=stdout, stderr=subprocess.STDOUT, text=True)
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **options}
+        return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+
 
 TINY = "--preset quick --gpu -1 --limit-train 16 --batch-size 8 --channels 4 --layers 3 --search-epochs 2"
 SEARCH = "--search-images 8 --search-channels 2 --search-batch-size 4 --sub-policies 2 --train-epochs 2"
@@ -56,28 +70,28 @@ SCRIPTS = {  # name: (module, flags, flags, phases, files)
               "search search train train", "cells.png selection.png images.png"),
     "dha": (dha, f"{TINY} --train-epochs 1", "--search-epochs 1 --train-epochs 0",
             "search search train", "cells.png policy.png support.png"),
-    "baseline": (baseline_sequential, f"{TINY} {SEARCH} {FAA}", "--faa-epochs 1 --genotype DARTS_V2",
+    "baseline": (baseline_sequential, f"{TINY} {SEARCH} {FAA}", "--faa-epochs 1 --genotype DARTS_V2 --train-epochs 1",
                  "policy policy policy", "darts/cells.png darts/curves.png darts/images.png"),
     "sequential dha": (baseline_sequential, f"{TINY} --method dha --train-epochs 1", "", "", ""),
 }  # fmt: skip
 
+
 class StagesInProcess:
     """`subprocess` for baseline_sequential: its stages are calls, because a start of Python takes 4 s."""
 
-    getoutput = staticmethod(subprocess.getoutput)
+    CalledProcessError = subprocess.CalledProcessError
 
-    def call(self, command: list[str]) -> int:
-        at = next(i for i, word in enumerate(command) if word.endswith(".py"))  # behind torchrun, perhaps
-        module = {"dha.py": dha, "joint_darts_faa.py": joint_darts_faa}[Path(command[at]).name]
-        return module.main(command[at + 1 :])
+    @staticmethod
+    def run(command: list[str], **options) -> subprocess.CompletedProcess | None:
+        scripts = {"dha.py": dha, "joint_darts_faa.py": joint_darts_faa}
+        at = [i for i, word in enumerate(command) if Path(word).name in scripts]  # behind torchrun, perhaps
+        if not at:  # git
+            return subprocess.run(command, **options)
+        assert options == {"check": True}
+        code = call(scripts[Path(command[at[0]]).name], *command[at[0] + 1 :])
+        if code:
+            raise subprocess.CalledProcessError(code, command)
 
-    def run(self, command: list[str], **kwargs) -> subprocess.CompletedProcess:
-        with contextlib.redirect_stderr(io.StringIO()) as said:
-            code = self.call(command)
-        return subprocess.CompletedProcess(command, code, "", said.getvalue())
-
-    def Popen(self, command: list[str], **kwargs) -> SimpleNamespace:
-        return SimpleNamespace(wait=lambda: self.call(command))
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
@@ -90,6 +104,7 @@ def data(tmp_path_factory) -> Path:
             torchvision.transforms.functional.to_pil_image(image).save(path)
     return root
 
+
 @pytest.fixture(params=["joint", "dha", "baseline"])
 def script(request, data):
     """A script that runs in this process, its stages too; on one thread, because the networks are tiny."""
@@ -101,10 +116,12 @@ def script(request, data):
         yield case._replace(short=[*case.short, "--dataset", "folder", "--data-dir", str(data)])
         torch.set_num_threads(threads)
 
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     """The folder of `done`."""
     return tmp_path_factory.mktemp("done")
+
 
 @pytest.fixture
 def done(script, runs) -> Path:
@@ -112,9 +129,11 @@ def done(script, runs) -> Path:
     out = runs / script.module.__name__
     if not out.exists():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(sys.modules, "matplotlib.pyplot", matplotlib.pyplot)
+            for module in (baseline_sequential, dha, joint_darts_faa):
+                patch.setattr(module, "Figure", matplotlib.figure.Figure)
             assert script.run("--out", out) == 0
     return out
+
 
 @pytest.fixture
 def copy(script, done, tmp_path) -> Path:
@@ -127,17 +146,22 @@ def copy(script, done, tmp_path) -> Path:
         (out / name).unlink()
     return out
 
+
 @pytest.fixture
 def one_line(capsys):
-    """A function: the only line of the error output, progress bars aside; it must be an error."""
+    """A function: the only line of the error output, progress bars and argparse's usage aside; it must be an error."""
 
     def read() -> str:
         said = capsys.readouterr().err
         lines = [x for x in re.split(r"[\r\n]+", said) if x.strip() and not re.search(r"%\|.*\]$", x)]
+        if len(lines) == 2 and lines[0].startswith("usage: "):
+            assert re.match(r"\S.*: error: ", lines.pop()), said
+            return said.splitlines()[-1]
         assert len(lines) == 1 and lines[0].startswith("error: "), said
         return lines[0]
 
     return read
+
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory) -> Path:

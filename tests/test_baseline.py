@@ -1,10 +1,11 @@
 """baseline_sequential.py: network, penalty, steps, stages, comparison; and what the three scripts share."""
 
+import argparse
 import inspect
 import json
 import math
 import shutil
-import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +33,8 @@ def seeded_on_one_thread():  # networks are tiny, and two threads beside other p
 
 
 def small(*flags):
-    return baseline.parse_args("--method faa-darts --preset quick --gpu -1".split() + [str(x) for x in flags])
+    start = "--method faa-darts --preset quick --gpu -1 --out no-such-run".split()
+    return baseline.parse_args(start + [str(x) for x in flags])
 
 
 def few_images():
@@ -156,10 +158,11 @@ def test_search_goes_on_bit_for_bit(tmp_path):
     for name, stops in (("whole", [3]), ("cut", [1, 2, 3])):
         for epochs in stops:
             flags = "--faa-images 32 --faa-batch-size 16 --sub-policies 2 --faa-epochs".split()
-            args = small(*flags, epochs, "--out", tmp_path / name)
-            run = baseline.open_run(args, CPU)
-            tables[name] = baseline.search_policy(args, data, run).table()
-            run.log.close()
+            args = small(*flags, epochs)
+            args.out = str(tmp_path / name)
+            directory = baseline.RunDirectory(args, CPU)
+            tables[name] = baseline.search_policy(args, data, CPU, directory).table()
+            directory.log.close()
     assert tables["whole"] == tables["cut"]
     logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in tables]
     assert logs[0] == logs[1] and logs[0].count("\n") == 3
@@ -175,47 +178,109 @@ OWN = "--seed 5 --limit-train 30 --limit-test 20 --image-size 30 --workers 2 --d
 
 
 @pytest.mark.parametrize("method", ["faa-darts", "darts", "dha"])
-@pytest.mark.parametrize("checking", [False, True])
-def test_stages_get_the_flags_that_they_are_handed(method, checking, tmp_path):
-    flags = ["--method", method, "--preset", "quick", "--gpu", "-1", "--amp", "--out", str(tmp_path)]
+def test_stages_get_the_flags_that_they_are_handed(method, tmp_path):
+    flags = ["--method", method, "--preset", "quick", "--gpu", "0", "--amp", "--out", str(tmp_path / "run")]
     args = baseline.parse_args([*flags, *OWN, *GIVEN])
     assert args.rest == GIVEN
-    (tmp_path / "search").mkdir()
-    common.save_genotype(common.GENOTYPES["PDARTS"], tmp_path / "search" / "genotype.json")
-    commands = baseline.stages(args, checking)
+    commands = baseline.stages(args)
     assert list(commands) == (["search", "train"] if method == "dha" else ["darts"])
-    for name, (python, script, *rest) in commands.items():
-        assert python == sys.executable and Path(script).parent == Path(baseline.__file__).parent
+    for name, (script, *rest) in commands.items():
+        assert Path(script).parent == Path(baseline.__file__).parent
         stage = SCRIPTS[Path(script).name].parse_args(rest)
         for flag in "preset dataset gpu amp seed limit_train limit_test image_size workers data_dir".split():
             assert getattr(stage, flag) == getattr(args, flag), flag
         assert (stage.channels, stage.layers, stage.batch_size, stage.lr) == (6, 3, 4, 0.03)
-        assert stage.search_epochs == 2 and stage.out == str(tmp_path / name)
-        assert (stage.check, stage.resume) == (checking, not checking)
+        assert stage.search_epochs == 2 and stage.out == str(tmp_path / "run" / name)
+        assert stage.resume and not stage.check
         if method == "dha":
             assert (stage.no_da, stage.no_hpo) == (name == "search",) * 2
-            given = str(common.GENOTYPES["DARTS_V2" if checking else "PDARTS"])  # before there is a file
-            assert stage.genotype == (given if name == "train" else None)
+            genotype = str(tmp_path / "run" / "search" / "genotype.json")
+            assert stage.genotype == (genotype if name == "train" else None)
             assert stage.train_epochs == (0 if name == "search" else 7)
         else:
-            policy = "none" if checking or method == "darts" else str(tmp_path / "policy.json")
+            policy = "none" if method == "darts" else str(tmp_path / "run" / "policy.json")
             assert stage.policy == policy and stage.genotype is None and stage.train_epochs == 7
-    args.processes = 3  # under torchrun
-    for name, command in baseline.stages(args, checking).items():
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
-        assert command == [sys.executable, *launcher, *commands[name][1:]]
 
 
-@pytest.mark.parametrize("flag, known", [("max-params", False), ("max-flops", False), ("max-lr-step", True)])
-def test_a_known_genotype_is_checked_unless_it_may_break_the_constraints(flag, known):
-    args = baseline.parse_args(["--method", "dha", "--out", "run", f"--{flag}", "1"])
-    assert ("DARTS_V2" in baseline.stages(args, checking=True)["train"]) == known
+class Stages:
+    """`subprocess` for a baseline: notes the commands, of which the one with `failing` in it ends with 2."""
+
+    def __init__(self, monkeypatch, failing="nothing"):
+        self.commands, self.failing = [], failing
+        self.CalledProcessError = subprocess.CalledProcessError
+        monkeypatch.setattr(baseline, "subprocess", self)
+
+    def run(self, command, capture_output=False, **kwargs):
+        if command[0] == "git":
+            return subprocess.CompletedProcess(command, 0, "", "")
+        assert kwargs == {"check": True}
+        self.commands.append(command)
+        if self.failing in command:
+            raise subprocess.CalledProcessError(2, command)
+        if "--check" not in command:
+            out = Path(command[command.index("--out") + 1])
+            out.mkdir(parents=True)
+            result = {"test_accuracy": 90.0, "method": out.name, "seed": 0, **COSTS}
+            (out / "result.json").write_text(json.dumps(result))
+            (out / "metrics.jsonl").write_text('{"epoch": 1}\n')
+            (out / "genotype.json").write_text(out.name)
+
+
+COSTS = {"epochs": 2, "search_epochs": 1, "seconds": 3.0, "search_seconds": 2.0, "gpu_hours": 0.5}
+
+
+def sequential(tmp_path, *flags):
+    """Sequential DHA: what its process would end with, None for a good end."""
+    try:
+        baseline.main(["--method", "dha", "--preset", "quick", "--gpu", "-1", "--out", str(tmp_path / "run"), *flags])
+    except SystemExit as end:
+        return end.code
+
+
+def test_all_stages_check_their_flags_before_the_first_one_starts(tmp_path, monkeypatch):
+    stages = Stages(monkeypatch, "--unknown")
+    assert sequential(tmp_path, "--unknown", "3") == 2
+    assert len(stages.commands) == 1 and "--check" in stages.commands[0]
+    assert not (tmp_path / "run").exists()
+    stages = Stages(monkeypatch)
+    assert sequential(tmp_path, "--check") is None
+    assert [command[-1] for command in stages.commands] == ["--check"] * 2 and not (tmp_path / "run").exists()
+
+
+def test_stages_run_one_after_the_other_and_their_costs_add_up(tmp_path, monkeypatch):
+    stages = Stages(monkeypatch)
+    assert sequential(tmp_path, "--processes", "3") is None
+    out = tmp_path / "run"
+    plain = [sys.executable, str(Path(dha.__file__))]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    assert [command[:2] for command in stages.commands[:2]] == [plain, plain]  # checks need one process
+    assert [command[:6] for command in stages.commands[2:]] == [[*launcher, dha.__file__]] * 2
+    result = json.loads((out / "result.json").read_text())
+    assert result["method"] == "Sequential DHA" and result["test_accuracy"] == 90
+    assert {name: result[name] for name in COSTS} == {name: 2 * value for name, value in COSTS.items()}
+    assert (out / "genotype.json").read_text() == "train"
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"stage": "search", "epoch": 1}, {"stage": "train", "epoch": 1}]
+
+
+def test_a_stage_that_fails_ends_the_baseline_with_its_code(tmp_path, monkeypatch):
+    stages = Stages(monkeypatch, "--no-da")
+    monkeypatch.setattr(baseline.json, "loads", None)  # nothing is read from it
+    (tmp_path / "run").mkdir()
+    assert sequential(tmp_path) == 2 and len(stages.commands) == 1
+
+
+@pytest.mark.parametrize("flags", ["--policy none", "--policy=none", "--search-only", "--faa-batch-size 5", "--depth 11"])
+def test_flags_that_no_baseline_can_have(flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        small(*flags.split())
+    assert end.value.code == 2 and "error: " in capsys.readouterr().err.splitlines()[-1]
 
 
 # -------- --compare -----------------------------------------------------------------------------------------
 
 def fake_run(folder: Path, script: str, command: str, accuracy: float, method: str = "DHA", **changes) -> str:
-    args = vars(SCRIPTS[script].parse_args(command.split()))
+    args = vars(SCRIPTS[script].parse_args([*command.split(), "--out", str(folder)]))
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"script": script, "args": args}))
     result = {"test_accuracy": accuracy, "params": 3_300_000, "gpu_hours": 8.0, "search_seconds": 1800.0}
@@ -231,13 +296,12 @@ def rows_of(table: str) -> list[list[str]]:
 
 
 def test_compare_prints_mean_and_std(tmp_path):
+    runs = [fake_run(tmp_path / "d", "joint_darts_faa.py", "--policy none --dataset cifar100", 80.0, "DARTS")]
     for seed, accuracy in enumerate((97.0, 97.3, 97.9)):
         command = f"--method faa-darts --seed {seed}"
-        fake_run(tmp_path / "b" / f"seed{seed}", "baseline_sequential.py", command, accuracy, "Sequential")
-    flags = "--policy none --dataset cifar100"
-    runs = [tmp_path / "b", fake_run(tmp_path / "d", "joint_darts_faa.py", flags, 80.0, "DARTS")]
+        runs.append(fake_run(tmp_path / f"b{seed}", "baseline_sequential.py", command, accuracy, "Sequential"))
     std = math.sqrt(sum((a - 97.4) ** 2 for a in (97.0, 97.3, 97.9)) / 2)
-    assert rows_of(baseline.compare(list(map(str, runs)))) == [
+    assert rows_of(baseline.compare(runs)) == [
         ["Sequential", "cifar10", "3", f"97.40 ± {std:.2f}", "3.3 M", "0.50", "8.00", ""],
         ["DARTS", "cifar100", "1", "80.00", "3.3 M", "0.50", "8.00", ""],
     ]
@@ -272,8 +336,9 @@ def test_compare_counts_a_run_once_and_passes_over_the_unfinished(tmp_path, caps
     monkeypatch.chdir(tmp_path)
     several = [run, run, "a", str(tmp_path / "b" / ".." / "a"), "c", "empty", "s"]
     assert [row[2:4] for row in rows_of(baseline.compare(several))] == [["1", "90.00"]]
-    assert "s was a search only" in capsys.readouterr().out
-    assert [row[2:4] for row in rows_of(baseline.compare(["."]))] == [["2", "85.00 ± 7.07"]]
+    said = capsys.readouterr().out
+    assert "s was a search only" in said and "c is no finished run" in said and "empty is no finished run" in said
+    assert [row[2:4] for row in rows_of(baseline.compare(["a", "b"]))] == [["2", "85.00 ± 7.07"]]
 
 
 DAMAGE = {
@@ -300,22 +365,6 @@ def test_compare_says_what_is_wrong(tmp_path, kind):
     assert "\n" not in str(error.value)
 
 
-def test_repeats_end_with_a_table(tmp_path, monkeypatch, capsys):
-    def run(args, device):
-        command = f"--method darts --preset quick --seed {args.seed}"
-        fake_run(Path(args.out), "baseline_sequential.py", command, {4: 90.0, 5: 92.0}[args.seed], "DARTS")
-        return json.loads((Path(args.out) / "result.json").read_text())
-
-    monkeypatch.setattr(baseline, "run_baseline", run)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    flags = ["--method", "darts", "--preset", "quick", "--seed", "4", "--repeats", "2", "--gpu", "-1"]
-    assert baseline.main([*flags, "--out", str(tmp_path / "r")]) == 0
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    assert "| DARTS | shapes | 2 | 91.00 ± 1.41 |" in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "r").iterdir()} == {"seed4", "seed5"}
-
-
 # -------- What the scripts share ----------------------------------------------------------------------------
 
 def test_policies_are_interchangeable(tmp_path):
@@ -326,42 +375,68 @@ def test_policies_are_interchangeable(tmp_path):
     assert list(baseline.AUGMENTATIONS) == list(joint.AUGMENTATIONS)
 
 
-def actions(script, monkeypatch):
-    """The flags of a script: name -> argparse's action; and the names that Parser itself gives."""
-    found, real = [], script.Parser.settings
-    monkeypatch.setattr(script.Parser, "settings", lambda self, *a: found.append(self) or real(self, *a))
-    script.parse_args(["--method", "darts"] if script is baseline else [])
-    named = lambda parser: {action.dest: action for action in parser._actions if action.option_strings}
-    return named(found[0]), set(named(script.Parser("")))
+def flags_of(script, monkeypatch):
+    """The flags of a script: name -> argparse's action."""
+    found, real = {}, argparse.ArgumentParser.parse_known_args
+
+    def note(parser, *given):
+        found.update({action.dest: action for action in parser._actions if action.option_strings})
+        return real(parser, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", note)
+        script.parse_args(["--method", "darts", "--out", "no-such-run"] if script is baseline else ["--out", "no-such-run"])
+    del found["help"]
+    return found
+
+
+def kind(action):
+    """What an action's `type` makes of some texts."""
+    made = []
+    for text in ("-1", "0", "1", "2", "7", "8", "0.5", "1e9", str(2**31), "nan", "~/x", "x"):
+        try:
+            made.append(repr(action.type(text)) if action.type else text)
+        except (ValueError, argparse.ArgumentTypeError):
+            made.append("error")
+    return made
 
 
 def test_a_flag_is_the_same_in_every_script_that_has_it(monkeypatch):
-    of, shared = zip(*(actions(script, monkeypatch) for script in SCRIPTS.values()))
-    assert shared[0] == shared[1] == shared[2] and len(shared[0]) == 18
-    names = [name for name in set().union(*of) if sum(name in flags for flags in of) > 1]
+    of = [flags_of(script, monkeypatch) for script in SCRIPTS.values()]
+    everywhere = set(of[0]) & set(of[1]) & set(of[2])
+    assert len(everywhere) == 14
+    names = [name for name in sorted(set().union(*of)) if sum(name in flags for flags in of) > 1]
     assert len(names) > 30
     for name in names:
         first, *others = [flags[name] for flags in of if name in flags]
         for other in others:
-            for what in ("option_strings", "type", "nargs", "const", "choices", "metavar"):
+            for what in ("option_strings", "nargs", "const", "choices", "metavar"):
                 assert getattr(first, what) == getattr(other, what), (name, what)
-            if name in shared[0]:
-                assert first.default == other.default, name
-            if name not in ("search_epochs", "train_epochs", "arch_lr"):  # its own
-                assert first.help == other.help, name
+            assert kind(first) == kind(other), name
+            if name in everywhere:
+                assert (first.default, first.help) == (other.default, other.help), name
     for flags in of:
         assert all(action.help for action in flags.values())
 
 
+def test_the_first_flags_are_the_same_in_all_scripts_to_the_letter():
+    groups = []
+    for script in SCRIPTS.values():
+        lines = inspect.getsource(script.parse_args).splitlines()
+        first = next(i for i, line in enumerate(lines) if "what to run, on what" in line)
+        groups.append(lines[first : lines.index("", first)])
+    assert groups[0] == groups[1] == groups[2] and len(groups[0]) == 15
+
+
 LIBRARIES = "import torch, math, torch.nn as nn, torch.nn.functional as F; from torch import Tensor"
 PASTED = {  # what is taken, its own imports, and a use in a few lines
-    "ista": (dha, "soft_threshold momentum polish ista", "", """
+    "ista": (dha, "soft_threshold active_set_step ista", "", """
 A, b = torch.rand(3, 7, 14), torch.randn(3, 7)
 alpha = ista(A, b, 1e-3)
 slope = ((b - (A @ alpha.unsqueeze(2)).squeeze(2)).unsqueeze(1) @ A).squeeze(1)
 assert alpha.shape == (3, 14) and (alpha == 0).any() and slope.abs().max() < 1.01e-3
 """),
-    "an augmentation": (joint, "warp rotate", "", """
+    "an augmentation": (joint, "pixel_centers sample_at rotate", "", """
 images = torch.rand(2, 3, 8, 8)
 assert torch.allclose(rotate(images, torch.zeros(2)), images, atol=1e-5)
 assert not torch.allclose(rotate(images, torch.ones(2)), images, atol=1e-1)
@@ -376,11 +451,13 @@ policy, images = Policy(2, 1), torch.rand(4, 3, 8, 8)
 policy(images).sum().backward()
 assert policy.z.grad.abs().sum() > 0 and augment(images, policy).shape == images.shape
 """),
-    "the mixed operation": (joint, "Outgoing MixedOp", "common", """
+    "the mixed operation": (joint, "MixedOp candidate State Shared", "common", """
 x, alpha = torch.rand(2, 4, 8, 8), torch.zeros(8, requires_grad=True)
-node = MixedOp(4, 1)(Outgoing(4, 1)(x), alpha.softmax(0), torch.zeros(()))
-node.square().sum().backward()
-assert node.shape == x.shape and alpha.grad.abs().min() > 0
+edge = MixedOp(4, 1)
+out = edge(x, alpha.softmax(0))
+out.square().sum().backward()
+assert out.shape == x.shape and alpha.grad.abs().min() > 0
+assert torch.allclose(edge(State(x), alpha.softmax(0)), out)
 """),
 }
 
@@ -393,10 +470,6 @@ def test_a_part_can_be_taken_out(name):
     if more == "common":
         text.append("import common; from common import PRIMITIVES")
     if more == "AUGMENTATIONS":
-        helpers = "per_image straight_through warp limit blend gray".split()
-        helpers += [operation.__name__ for operation in joint.AUGMENTATIONS.values()]
-        text += [inspect.getsource(getattr(joint, helper)) for helper in helpers]
-        lines = inspect.getsource(joint).split("AUGMENTATIONS = dict(")[1].split("def apply_each")[0]
-        text.append("AUGMENTATIONS = dict(" + lines)
+        text.append(inspect.getsource(joint).split("\n# Augmentations: ")[1].split("\n", 4)[4].split("def apply_each")[0])
     text += [inspect.getsource(getattr(script, part)) for part in parts.split()]
     exec("\n".join(text) + use, vars(module))

@@ -13,11 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import common
 import joint_darts_faa as joint
 from common import PRIMITIVES, InputError
-from joint_darts_faa import AUGMENTATIONS, SIGNED, DartsSupernet, Policy
+from joint_darts_faa import AUGMENTATIONS, SIGNED, DartsSupernet, MixedOp, Policy, State
 from test_dha import Waits
-from written_out import WrittenOut, pairs
+from written_out import WrittenOut, mixed_operation, pairs
 
 NAMES = list(AUGMENTATIONS)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +70,52 @@ def test_supernet_equals_the_written_out_mixed_operation(size, mode, monkeypatch
         assert (p.grad - q.grad).abs().max() <= tolerance * max(1.0, largest)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_mixed_operation_is_the_weighted_sum_of_all_operations(stride):
+    """sum_f softmax(alpha)_f f(x), written out, of a tensor and of a state that other edges have read before."""
+    fast, other, slow = MixedOp(4, stride).double(), MixedOp(4, stride).double(), mixed_operation(4, stride).double()
+    for mine, theirs in zip(slow.parameters(), fast.parameters(), strict=True):
+        mine.data.copy_(theirs)
+    x, alpha = torch.randn(3, 4, 8, 8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    found = []
+    for kind in ("written out", "tensor", "state"):
+        leaf, logits = x.clone().requires_grad_(), alpha.clone().requires_grad_()
+        if kind == "written out":
+            shares = logits.exp() / logits.exp().sum()
+            out = 0
+            for share, operation in zip(shares, slow, strict=True):  # "none" is the first
+                out = out + share * operation(leaf)
+            params = list(slow.parameters())
+        else:
+            state = State(leaf)
+            if kind == "state":
+                other(state, alpha.softmax(0))
+            out = fast(state if kind == "state" else leaf, logits.softmax(0))
+            params = list(fast.parameters())
+        assert out.shape == (3, 4, 8 // stride, 8 // stride)
+        upstream = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
+        found.append([out, *torch.autograd.grad(out, [leaf, logits, *params], upstream)])
+    for mine in found[1:]:
+        for a, b in zip(mine, found[0], strict=True):
+            assert (a - b).abs().max() <= 1e-10 and b.abs().max() > 1e-3
+
+
+def test_what_the_edges_of_a_state_share_is_computed_once():
+    """The ReLU and the two pools, however many edges leave the state; of a tensor every edge computes its own."""
+    edges, ran, x = [MixedOp(4, 1) for _ in range(3)], [], torch.randn(2, 4, 8, 8)
+    for edge in edges:
+        for module in edge.modules():
+            if isinstance(module, joint.Shared):
+                module.f.register_forward_hook(lambda *_, name=module.name: ran.append(name))
+    state, weights = State(x), torch.ones(8)
+    outs = [edge(state, weights) for edge in edges]
+    assert sorted(ran) == ["avg_pool_3x3", "itself", "max_pool_3x3", "relu"]
+    ran.clear()
+    for edge, out in zip(edges, outs):
+        torch.testing.assert_close(edge(x, weights), out)
+    assert sorted(ran) == sorted(3 * ["avg_pool_3x3", "itself", "max_pool_3x3"] + 12 * ["relu"])
+
+
 def test_supernet_has_the_published_size_and_takes_odd_images():
     net = DartsSupernet(16, 10, 8)
     alphas = sum(a.numel() for a in net.alphas())
@@ -111,8 +158,9 @@ def test_soft_policy_is_equations_1_to_3_written_out():
     ours = policy(images)
     torch.manual_seed(1)
     which = torch.randint(3, (5,))
+    noises, signs = torch.rand(5, 2, 16, dtype=torch.float64), 1 - 2 * torch.randint(2, (5, 2, 16))
     for k in range(2):
-        noise, sign = torch.rand(5, 16, dtype=torch.float64), 1 - 2 * torch.randint(2, (5, 16))
+        noise, sign = noises[:, k], signs[:, k]
         out = []
         for i in range(5):
             z, p, mu = (x[which[i], k] for x in (policy.z, policy.p, policy.mu))
@@ -197,7 +245,7 @@ def test_policy_gradients(name):
     if name in ("Solarize", "Posterize"):  # straight through, -1
         torch.manual_seed(3)
         torch.randint(1, (3,))
-        share = joint.relaxed_bernoulli(policy.p[0, 0].expand(3, 16))[:, n]
+        share = joint.relaxed_bernoulli(policy.p.expand(3, 1, 16))[:, 0, n]
         share = share * (policy.z[0, 0] / 0.5).softmax(0)[n]
         assert got == pytest.approx(-float((share * upstream.sum((1, 2, 3))).detach().sum()))
     elif not exact:
@@ -240,7 +288,7 @@ def test_drawn_operations_have_the_frequencies_that_the_parameters_say(monkeypat
     torch.testing.assert_close(weight, torch.exp(policy.z[:, 0] / 0.4).detach() / torch.exp(
         policy.z[:, 0] / 0.4).detach().sum(1, keepdim=True))
     expected = torch.cat([(weight * (1 - p)).sum(1).mean().view(1), (weight * p).mean(0)]) * count
-    counts = torch.bincount(choice + 1, minlength=17)  # -1: none
+    counts = torch.bincount((choice + 1) % 17, minlength=17)  # 16, which is no operation, comes first
     assert expected.min() > 5
     assert ((counts - expected) ** 2 / expected).sum() < 16 + 4 * math.sqrt(2 * 16)
     for n in range(16):
@@ -317,25 +365,27 @@ def test_bad_policy_files_are_refused(kind, tmp_path):
 
 # -------- The search step (Alg. 1) --------------------------------------------------------------------------
 
-TINY = "--preset quick --search-channels 2 --search-layers 3 --search-batch-size 8".split()
+TINY = "--preset quick --gpu -1 --search-channels 2 --search-layers 3 --search-batch-size 8 --out no-such-run".split()
 
 
 def small_search(*flags):
     args = joint.parse_args([*TINY, *flags])
     data = common.Data(*common.shapes(40, 0), *common.shapes(10, 1), list(common.SHAPE_CLASSES))
-    s = joint.JointSearch(args, data, torch.device("cpu"))
+    genotype = common.load_genotype(args.genotype) if args.genotype else None
+    s = joint.JointSearch(args, data, CPU, genotype)
     images = data.train_images
     val, train = ((images[k : k + 8], data.train_labels[k : k + 8]) for k in (0, 8))
-    return s, (val, train, args.grad_clip, args.amp), args
+    return s, (val, train), args
 
 
 def copies(params):
     return [p.detach().clone() for p in params]
 
 
-def test_search_steps_are_algorithm_1():
+def test_search_steps_are_algorithm_1(monkeypatch):
     """Against the two gradients by autograd.grad and torch's own Adam and SGD, on a copy, same noise."""
-    s, (val, train, *rest), args = small_search("--grad-clip", "0.5", "--stages", "1")
+    monkeypatch.setattr(joint, "GRAD_CLIP", 0.5)
+    s, (val, train), args = small_search("--stages", "1")
     other = copy.deepcopy(s)
     alphas, policy = other.net.alphas(), list(other.policy.parameters())
     weights = [p for name, p in other.net.named_parameters() if not name.startswith("alphas")]
@@ -351,7 +401,7 @@ def test_search_steps_are_algorithm_1():
 
     for _ in range(2):  # so that momentum takes part
         state = torch.random.get_rng_state()
-        measured = joint.search_step(s, val, train, *rest)
+        measured = joint.search_step(s, val, train, args.amp)
         torch.random.set_rng_state(state)
         wanted = gradients(val, alphas + policy)  # lines 3 to 6: at w, alpha
         for optimizer in upper:
@@ -363,7 +413,7 @@ def test_search_steps_are_algorithm_1():
         torch.nn.utils.clip_grad_norm_(weights, 0.5)
         w.step()
         assert measured.tolist() == pytest.approx(wanted, rel=1e-4)
-        mine = [*s.net.alphas(), *s.policy.parameters(), *s.weights]
+        mine = [*s.net.alphas(), *s.policy.parameters(), *s.w]
         for p, q in zip(mine, alphas + policy + weights, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
@@ -385,17 +435,19 @@ class Backwards(TorchDispatchMode):
 def test_each_half_computes_its_own_gradients_and_no_others(monkeypatch):
     s, batches, _ = small_search()
     seen, count = [], Backwards()
-    for name in ("z, p, mu", "alpha", "w"):
-        def note(name=name, step=s.parts[name].step):
-            grads = [{p.grad is not None for p in group} for group in (s.upper, s.weights)]
+    for name in ("policy", "alpha", "w"):
+        optimizer = getattr(s, f"{name}_optimizer")
+
+        def note(name=name, step=optimizer.step):
+            grads = [{p.grad is not None for p in group} for group in (s.upper, s.w)]
             seen.append((name, *grads, count.weights > 0, count.warps))
             return step()
 
-        monkeypatch.setattr(s.parts[name], "step", note)
+        monkeypatch.setattr(optimizer, "step", note)
     with count:
         joint.search_step(s, *batches)
     warps = seen[0][-1]  # all of them in the first half: the second one does not go into the policy
-    assert sorted(seen[:2]) == [(name, {True}, {False}, False, warps) for name in ("alpha", "z, p, mu")]
+    assert sorted(seen[:2]) == [(name, {True}, {False}, False, warps) for name in ("alpha", "policy")]
     assert seen[2:] == [("w", {False}, {True}, True, warps)] and warps > 0
 
 
@@ -416,13 +468,29 @@ def test_alphas_gradient_is_the_same_when_the_weights_rest():
 def test_given_parts_are_not_searched():
     for policy in ("policy.json", "none"):
         s, batches, _ = small_search("--policy", policy)
-        assert s.policy is None and len(s.upper) == 2 and s.parts.keys() == {"net", "w", "alpha"}
+        assert s.policy is None and len(s.upper) == 2
+        assert s.state_dict().keys() == {"net", "w_optimizer", "alpha_optimizer"}
     joint.search_step(s, *batches)
     s, batches, _ = small_search("--genotype", "DARTS_V2")
     assert not s.alphas and len(s.upper) == 3 and isinstance(s.net, common.Network)
+    assert s.state_dict().keys() == {"net", "w_optimizer", "policy", "policy_optimizer"}
     before = copies(s.upper)
     joint.search_step(s, *batches)
     assert not any(torch.equal(a, b) for a, b in zip(before, s.upper))
+
+
+def test_a_search_goes_on_bit_for_bit(tmp_path):
+    s, batches, _ = small_search("--stages", "1")
+    joint.search_step(s, *batches)
+    torch.save(s.state_dict(), tmp_path / "state.pt")
+    torch.manual_seed(7)
+    other, *_ = small_search("--stages", "1")
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    went = []
+    for x in (s, other):
+        torch.manual_seed(9)
+        went.append([joint.search_step(x, *batches), *x.w, *x.upper, *x.net.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*went, strict=True))
 
 
 def test_a_search_step_on_cuda_never_waits_for_the_host(monkeypatch):
@@ -431,7 +499,7 @@ def test_a_search_step_on_cuda_never_waits_for_the_host(monkeypatch):
 
     def backward(loss):  # autograd's own engine wants a real device
         calls.append(loss.device.type)
-        for p in s.upper + s.weights:
+        for p in s.upper + s.w:
             p.grad = torch.empty_like(p) if p.requires_grad else None
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
@@ -445,7 +513,7 @@ def test_a_search_step_on_cuda_never_waits_for_the_host(monkeypatch):
             args = joint.parse_args([*TINY, "--stages", "1"])
             s = joint.JointSearch(args, data, torch.device("cuda"))
         with Waits() as waits:
-            measured = joint.search_step(s, batch, batch, 5.0, False)
+            measured = joint.search_step(s, batch, batch)
             joint.augment(batch[0] / 255, s.policy)
         assert measured.device.type == "cuda" and calls == ["cuda"] * 2 and waits.seen == []
         with pytest.raises(Exception, match="local_scalar"):

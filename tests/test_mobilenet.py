@@ -3,21 +3,20 @@
 import argparse
 import copy
 import json
-import signal
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import call
 from PIL import Image
-from test_dha import freeze_all, move_b, normalized, settings, steps, tiny
-from test_runs import SIGNALS, assert_same, lines, result, stop_after_every_epoch
+from test_dha import freeze_all, move_b, normalized, recover, running, settings, start, steps, tiny
+from test_runs import after_every_epoch, assert_same, interrupt, lines, result
 
 import common
 import dha
 from common import InputError
 
-OPS = dha.SPACES["mobilenet"]
+OPS = common.MOBILE_PRIMITIVES
 SPACE = "--space mobilenet --layers 11".split()
 MIXED = ["mbconv3_5x5", "skip_connect", "mbconv6_3x3", "mbconv6_7x7", "mbconv3_3x3", "skip_connect",
          "mbconv6_5x5", "mbconv3_7x7", "mbconv3_3x3", "mbconv6_3x3", "mbconv6_7x7"]
@@ -29,33 +28,31 @@ FLAGS = """--preset quick --gpu -1 --space mobilenet --channels 4 --layers 6 --l
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    threads, handlers = torch.get_num_threads(), [signal.getsignal(number) for number in SIGNALS]
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    for number, handler in zip(SIGNALS, handlers):  # dha.main sets its own
-        signal.signal(number, handler)
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
 
 def choose(net, names, noise=0.02):
-    """Recovery finds these: b = 0.3 A e_i, so that alpha is almost 0.3 e_i. Afterwards b moves, alpha not."""
+    """These are the support: b = 0.3 A e_i, so that alpha is almost 0.3 e_i. Afterwards b moves, alpha not."""
     with torch.no_grad():
         for k, name in enumerate(names):
             net.b[k].copy_(0.3 * net.A[k, :, OPS.index(name)])
-        net.recover()
+        recover(net)
         for b in net.b:
             b += noise * torch.randn_like(b)
     assert net.genotype() == names
     return net
 
 def supernet(names):
-    return choose(dha.SparseSupernet(4, 10, 11, space="mobilenet").double(), names)
+    return choose(dha.MobileSupernet(4, 10, 11).double(), names)
 
 def run(data, *flags):
-    return dha.main([*FLAGS, "--data-dir", str(data), *map(str, flags)])
+    return call(dha, *FLAGS, "--data-dir", data, *flags)
 
 # -------- ProxylessNAS' layers ------------------------------------------------------------------------------
 
@@ -80,12 +77,14 @@ SMALLEST = ["mbconv3_3x3" if i in NO_SKIP else "skip_connect" for i in range(21)
 @pytest.mark.parametrize("stem, side, last", [("imagenet", 224, 7), ("cifar", 32, 4)])
 @pytest.mark.parametrize("names", [["mbconv6_7x7"] * 21, SMALLEST], ids=["largest", "smallest"])
 def test_the_pruned_network_has_proxylessnas_arithmetic(names, stem, side, last):
-    net = dha.SparseSupernet(32, 1000, 21, space="mobilenet", stem=stem).keep(names)
+    net = dha.MobileSupernet(32, 1000, 21, stem=stem)
+    net.prune(names)
     found = common.count_parameters(net), common.count_flops(net, side), last
     assert found == proxyless(names, stem, side)
+    assert net.skip_connects() == (names.count("skip_connect"), 21)
 
 def test_skip_is_a_candidate_only_where_nothing_changes():
-    net = dha.SparseSupernet(4, 10, 21, space="mobilenet")
+    net = dha.MobileSupernet(4, 10, 21)
     assert [i for i, layer in enumerate(net.cells) if not layer.shortcut] == NO_SKIP
     for i, layer in enumerate(net.cells):
         assert list(layer.nodes[0]) == [f"{name}_0" for name in OPS[: 7 - (i in NO_SKIP)]]
@@ -113,7 +112,7 @@ def written_out(op, x, stride):
 def test_a_layer_is_the_sum_over_all_seven_operations(i, name):
     net = supernet([*MIXED[:i], name, *MIXED[i + 1 :]])  # 5 has a shortcut, 4 stride 2, 6 another width
     layer = net.cells[i]
-    for norm in dha.norms(layer):
+    for norm in dha.batch_norms(layer):
         torch.nn.init.normal_(norm.weight, std=6)  # beyond ReLU6's 6
     x = torch.randn(4, net.cells[i - 1].width, 7, 7, dtype=torch.float64, requires_grad=True)
     A, alpha = net.A[i], F.one_hot(torch.tensor(OPS.index(name)), 7) * net.alpha[i]
@@ -135,7 +134,8 @@ def test_a_layer_is_the_sum_over_all_seven_operations(i, name):
     for a, b in ((mine, want), *zip(*grads)):
         assert (a - b).abs().max() <= 1e-10
     assert grads[0][0].abs().max() > 1e-3
-    assert ran == (chosen := net.operations(i) * (name != "skip_connect"))
+    chosen = [] if name == "skip_connect" else running(net, i)
+    assert ran == chosen
     mine.backward(upstream)
     learned = {p for op in chosen for p in op.parameters() if p.requires_grad}
     assert {p for p in net.parameters() if p.grad is not None} == learned | {net.b[i]}
@@ -158,13 +158,13 @@ def test_gradient_of_b_by_finite_differences(i):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("training", [False, True])
-def test_freezing_and_keeping_change_no_logits(training, dtype, tolerance):
+def test_freezing_and_pruning_change_no_logits(training, dtype, tolerance):
     s, data, args = tiny(*SPACE)
     steps(s, data, args, 1)
     net = choose(s.net.to(dtype), MIXED)
     x = normalized(s, data.test_images)[:8, :, ::2, ::2].to(dtype)
     net(x)  # running statistics of what runs now
-    norms = lambda k: [norm for op in net.operations(k) for norm in dha.norms(op)]
+    norms = lambda k: [norm for op in running(net, k) for norm in dha.batch_norms(op)]
     learn = lambda k: {p.requires_grad for norm in norms(k) for p in norm.parameters()}
     with torch.no_grad():
         logits = lambda net: net.train(training)(x)
@@ -177,7 +177,8 @@ def test_freezing_and_keeping_change_no_logits(training, dtype, tolerance):
         searched = copy.deepcopy(net.state_dict())
         freeze_all(s)
         assert (logits(net) - before).abs().max() <= tolerance
-        pruned = dha.SparseSupernet(4, 10, 11, space="mobilenet").to(dtype).keep(MIXED)
+        pruned = dha.MobileSupernet(4, 10, 11).to(dtype)
+        pruned.prune(MIXED)
         pruned.load_state_dict({name: searched[name] for name in pruned.state_dict()})
         assert (logits(pruned) - before).abs().max() <= tolerance
     assert net.genotype() == pruned.genotype() == MIXED and not list(net.b)
@@ -187,7 +188,7 @@ def test_norms_learn_in_frozen_layers_alone():
     s, data, args = tiny(*SPACE)
     choose(s.net, MIXED)
     s.net.freeze(2), s.net.freeze(8)
-    norms = [[norm for op in s.net.operations(k) for norm in dha.norms(op)] for k in range(11)]
+    norms = [[norm for op in running(s.net, k) for norm in dha.batch_norms(op)] for k in range(11)]
     before = copy.deepcopy(norms)
     steps(s, data, args, 2)
     for k in range(11):
@@ -202,17 +203,17 @@ def test_state_goes_on_bit_for_bit(frozen, tmp_path):
     for k in frozen:
         s.net.freeze(k)
     move_b(s.net)
-    freeze_all(s) if len(frozen) == 11 else s.net.recover()
+    freeze_all(s) if len(frozen) == 11 else recover(s.net)
     steps(s, data, args, 1)
-    torch.save(dha.state_of(s), tmp_path / "state.pt")
+    torch.save(s.state_dict(), tmp_path / "state.pt")
     torch.manual_seed(7)  # another A, b and theta
     other = tiny(*SPACE)[0]
-    dha.restore(other, torch.load(tmp_path / "state.pt", weights_only=True))
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     went = []
     for x in (s, other):
         torch.manual_seed(9)
         went.append(steps(x, data, args, 1))
-        went[-1] += [torch.tensor([] if all(x.net.frozen) else x.net.recover(args.lasso))]
+        went[-1] += [torch.tensor([] if all(x.net.frozen) else recover(x.net))]
         went[-1] += [*steps(x, data, args, 1), x.tau, x.lr, x.wd, *x.net.state_dict().values()]
     assert all(torch.equal(a, b) for a, b in zip(*went, strict=True))
     assert other.net.genotype() == s.net.genotype() and other.net.frozen == s.net.frozen
@@ -220,29 +221,28 @@ def test_state_goes_on_bit_for_bit(frozen, tmp_path):
 
 # -------- Constraints (Eq. 1) -------------------------------------------------------------------------------
 
-def test_constraints_are_those_of_the_kept_network_and_reject():
+def test_limits_are_those_of_the_pruned_network_and_reject():
     s, _, args = tiny(*SPACE)
     choose(s.net, MIXED)
-    kept = freeze_all(copy.deepcopy(s))
-    costs = {"max_params": common.count_parameters(kept), "max_flops": common.count_flops(kept, 32)}
+    pruned = freeze_all(copy.deepcopy(s))
+    costs = {"max_params": common.count_parameters(pruned), "max_flops": common.count_flops(pruned, 32)}
     for frozen in (0, 1):
         s.net.freeze(frozen)
         for flag, cost in costs.items():
             limits = [argparse.Namespace(**vars(args) | {flag: cost - less}) for less in (0, 1)]
-            assert [dha.within_limits(s.net, limited, 32) for limited in limits] == [True, False]
+            shares = [dha.overrun(s.net, s.net.support, limited, 32) for limited in limits]
+            assert shares == [1, cost / (cost - 1)]
     alpha, larger = s.net.alpha.clone(), MIXED[:2] + ["mbconv6_7x7"] * 9
     s.net.b.load_state_dict(choose(copy.deepcopy(s.net), larger, 0).b.state_dict())
-    assert s.net.recover(1e-5, partial(dha.within_limits, s.net, limits[0], 32)) == []
+    assert dha.decode_and_freeze(s, limits[0], 32, last=False) is None
     assert s.net.genotype() == MIXED and torch.equal(s.net.alpha, alpha)
-    assert len(s.net.recover(1e-5)) == 11 and s.net.genotype() == larger
+    assert len(dha.decode_and_freeze(s, args, 32, last=False)) == 11 and s.net.genotype() == larger
 
-def test_a_start_comes_down_to_the_constraints():
+def test_a_start_comes_down_to_the_limits():
     """From far above: half of what the first support costs, which random draws of all nodes do not meet."""
     data, args = settings(*SPACE)
-    free = freeze_all(dha.start(args, data, torch.device("cpu")))
-    args.max_flops = common.count_flops(free, 32) // 2
-    s = dha.start(args, data, torch.device("cpu"))
-    assert common.count_flops(freeze_all(s), 32) <= args.max_flops
+    args.max_flops = common.count_flops(freeze_all(start(args, data)), 32) // 2
+    assert common.count_flops(freeze_all(start(args, data)), 32) <= args.max_flops
 
 # -------- genotype.json -------------------------------------------------------------------------------------
 
@@ -265,17 +265,21 @@ def test_bad_genotypes_are_refused(content, data, tmp_path, one_line):
     (tmp_path / "file").write_text(content)
     with pytest.raises(InputError):
         genotype = common.load_genotype(tmp_path / "file", "mobilenet")
-        dha.SparseSupernet(4, 10, 6, space="mobilenet").keep(genotype)
-    assert run(data, "--check", "--genotype", tmp_path / "file") == 2
+        dha.MobileSupernet(4, 10, 6).prune(genotype)
+    assert run(data, "--genotype", tmp_path / "file", "--out", tmp_path / "run") == 2
     one_line()
+    assert not (tmp_path / "run").exists()
 
 def test_a_space_refuses_the_others_genotype(data, tmp_path, one_line):
-    for size, space, genotype in (3, "cells", FITTING), (6, "mobilenet", common.GENOTYPES["DARTS_V2"]):
-        with pytest.raises(InputError):
-            dha.SparseSupernet(4, 10, size, space=space).keep(genotype)
+    with pytest.raises(InputError):
+        dha.SparseSupernet(4, 10, 3).prune(FITTING)
+    with pytest.raises(InputError):
+        dha.MobileSupernet(4, 10, 6).prune(common.GENOTYPES["DARTS_V2"])
     common.save_genotype(FITTING, tmp_path / "file")
-    assert run(data, *"--space cells --layers 3 --genotype".split(), tmp_path / "file", "--check") == 2
+    cells = "--space cells --layers 3 --genotype".split()
+    assert run(data, *cells, tmp_path / "file", "--out", tmp_path / "run") == 2
     one_line()
+    assert not (tmp_path / "run").exists()
 
 # -------- Whole runs ----------------------------------------------------------------------------------------
 
@@ -298,15 +302,15 @@ def test_a_run_leaves_its_files_and_is_evaluated(done, capsys):
     assert net.genotype() == genotype and len(genotype) == 6 and str(genotype) == said["genotype"]
     assert said["params"] == sum(p.numel() for p in net.parameters()) and info["space"] == "mobilenet"
     assert said["flops"] == common.count_flops(net, 32)
-    assert dha.main(["--evaluate", str(done), "--gpu", "-1"]) == 0
+    assert call(dha, "--evaluate", done, "--gpu", -1) == 0
     assert f"test accuracy: {said['test_accuracy']:.2f} % of 20 images" in capsys.readouterr().out
 
 def test_a_stopped_run_ends_the_same_and_its_genotype_can_be_given(data, done, tmp_path, monkeypatch):
-    monkeypatch.setattr(dha, "draw_dha", lambda *given: None)
+    monkeypatch.setattr(dha, "Figure", None)
     with monkeypatch.context() as patch:
-        stop_after_every_epoch(patch, dha)
-        for number in range(3):
-            assert run(data, "--out", tmp_path / "run", "--resume") == 128 + SIGNALS[number % 2]
+        after_every_epoch(patch, interrupt)
+        for _ in range(3):
+            assert run(data, "--out", tmp_path / "run", "--resume") == 1
     assert run(data, "--out", tmp_path / "run", "--resume") == 0
     assert_same(tmp_path / "run", done)
     assert run(data, "--genotype", done / "genotype.json", "--out", tmp_path / "given") == 0

@@ -56,6 +56,11 @@ def operation(name, C, stride):
     return nn.Sequential(*block(stride), *(block(1) if d == 1 else []))
 
 
+def mixed_operation(C, stride):
+    """The operations of an edge, in the order of PRIMITIVES."""
+    return nn.ModuleList(operation(name, C, stride) for name in PRIMITIVES)
+
+
 class Cell(nn.Module):
     def __init__(self, c_before, c_in, C, reduction, halved):
         super().__init__()
@@ -64,8 +69,7 @@ class Cell(nn.Module):
         self.edges = nn.ModuleList()
         for j in range(NODES):
             for i in range(j + 2):
-                stride = 2 if reduction and i < 2 else 1
-                self.edges.append(nn.ModuleList(operation(name, C, stride) for name in PRIMITIVES))
+                self.edges.append(mixed_operation(C, stride=2 if reduction and i < 2 else 1))
 
     def forward(self, s0, s1, weights):
         states, offset = [self.preprocess0(s0), self.preprocess1(s1)], 0

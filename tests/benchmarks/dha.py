@@ -1,17 +1,11 @@
 """What the parts of DHA cost; the sides take turns, each in its own process. Prints ratios, asserts nothing.
 
-    python tests/benchmarks/dha.py                                  # C=36 L=20 batch 96, 5 minutes on 2 cores
+    python tests/benchmarks/dha.py                                  # C=36 L=20 batch 96; on a GPU if there is one
     python tests/benchmarks/dha.py --channels 16 --layers 8 --rounds 5
-
-A process makes one step to warm up and times the next ones.
 """
 
 import argparse
-import resource
-import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -19,68 +13,54 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import common
 import dha
+import timing
 
 SIDES = {
-    "all": "DA + HPO + NAS",
-    "nas": "NAS only",
-    "policy": "draw pairs, two operations an image",
-    "ista": "all nodes",
+    "all": "a step of DA + HPO + NAS",
+    "nas": "a step of NAS only",
+    "policy": "of a step with DA: draw pairs, apply two operations to each image",
+    "ista": "once an epoch: Eq. 4 for all nodes",
 }
 
 
 def one_side(mine):
-    device = torch.device("cuda", mine.gpu) if mine.gpu >= 0 else torch.device("cpu")
-    size = f"--channels {mine.channels} --layers {mine.layers} --batch-size {mine.batch_size}".split()
-    args = dha.parse_args([*size, *(["--no-da", "--no-hpo"] if mine.side == "nas" else [])])
+    device = dha.device_of(mine.gpu)
+    idle = timing.peak_memory(device)
+    size = ["--channels", str(mine.channels), "--layers", str(mine.layers), "--batch-size", str(mine.batch_size)]
+    off = ["--no-da", "--no-hpo"] if mine.side == "nas" else []
+    args = dha.parse_args([*size, *off, *timing.NOT_MADE])
     args.amp = mine.amp
+
     torch.manual_seed(0)
-    batch = common.shapes(mine.batch_size, 0)  # no more, whose making would be the peak
+    batch = common.shapes(mine.batch_size, 0)
     data = common.Data(*batch, *batch, list(common.SHAPE_CLASSES)).to(device)
-    s, x = dha.DHA(args, data, device), data.train_images.float() / 255
-    step = {
+    s = dha.DHA(args, data, device)
+    x = data.train_images / 255
+    steps = {
+        "all": lambda: dha.train_step(s, data.train_images, data.train_labels, args),
+        "nas": lambda: dha.train_step(s, data.train_images, data.train_labels, args),
         "policy": lambda: dha.apply_pairs(x, dha.sample_pairs(s.tau, len(x))),
-        "ista": s.net.recover,
-    }.get(mine.side, lambda: dha.train_step(s, data.train_images, data.train_labels, args))
-    times = []
-    for _ in range(mine.steps + 1):  # the first warms up
-        start = time.perf_counter()
-        step()
-        if mine.gpu >= 0:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    if mine.gpu >= 0:
-        memory = torch.cuda.max_memory_allocated() / 2**30
-    print(statistics.median(times[1:]), memory)
+        "ista": lambda: s.net.adopt(s.net.decode()),
+    }
+    seconds = timing.time_step(steps[mine.side], device, mine.steps)
+    print(seconds, timing.peak_memory(device) - idle)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--channels", type=int, default=36)
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=96)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of a process")
-    parser.add_argument("--gpu", type=int, default=0 if torch.cuda.is_available() else -1)
-    parser.add_argument("--amp", action="store_true")
-    parser.add_argument("--side", choices=SIDES, help="one side, in this process: seconds and peak GiB")
+    timing.add_flags(parser)
+    parser.add_argument("--side", choices=SIDES, help="one side, in this process: seconds and GiB")
     mine = parser.parse_args()
     if mine.side:
         return one_side(mine)
-    where = torch.cuda.get_device_name(mine.gpu) if mine.gpu >= 0 else f"{torch.get_num_threads()} threads"
-    print(f"C={mine.channels} L={mine.layers} batch {mine.batch_size}, torch {torch.__version__}, {where}")
-    found = {side: [] for side in SIDES}
-    for _ in range(mine.rounds):
-        for side in SIDES:
-            command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
-            run = subprocess.run(command, capture_output=True, text=True, check=True)
-            found[side].append([float(word) for word in run.stdout.split()])
-    median = lambda i: {side: statistics.median(row[i] for row in rows) for side, rows in found.items()}
-    seconds, memory = median(0), median(1)
+
+    print(f"C={mine.channels} L={mine.layers} batch {mine.batch_size}, {timing.machine(mine.gpu)}, {mine.rounds} rounds")
+    seconds, memory = timing.take_turns(__file__, SIDES, mine.rounds)
     for side, what in SIDES.items():
-        print(f"{side:7s} {1000 * seconds[side]:9.1f} ms   peak memory {memory[side]:.2f} GiB   {what}")
+        print(f"{side:7s} {1000 * seconds[side]:9.1f} ms   {memory[side]:5.2f} GiB above idle   {what}")
     print(f"all over nas: {seconds['all'] / seconds['nas']:.3f}")
     print(f"policy over all: {seconds['policy'] / seconds['all']:.4f}")
 

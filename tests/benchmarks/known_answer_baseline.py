@@ -9,6 +9,8 @@ and stages. Asserts nothing.
 """
 
 import argparse
+import contextlib
+import io
 import math
 import sys
 import tempfile
@@ -42,9 +44,7 @@ def met(policy: baseline.Policy) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--seeds", type=int, default=3)
     mine, flags = parser.parse_known_args()
@@ -53,11 +53,13 @@ def main() -> None:
     for seed in range(mine.seeds):
         for weight in ("1", "0"):
             with tempfile.TemporaryDirectory() as folder:
-                given = ["--method", "faa-darts", "--preset", "quick", "--seed", str(seed), "--out", folder]
+                given = ["--method", "faa-darts", "--preset", "quick", "--seed", str(seed), "--out", f"{folder}/run"]
                 args = baseline.parse_args([*given, "--critic-weight", weight, *flags])
                 torch.manual_seed(seed)
                 start = StrongStart(args.sub_policies, args.stages)
-                end = baseline.search_policy(args, data, baseline.open_run(args, torch.device("cpu")))
+                cpu = torch.device("cpu")
+                with contextlib.redirect_stdout(io.StringIO()):
+                    end = baseline.search_policy(args, data, cpu, baseline.RunDirectory(args, cpu))
             print(f"seed {seed}, critic weight {weight}: met {met(start):.3f} -> {met(end):.3f}", flush=True)
 
 

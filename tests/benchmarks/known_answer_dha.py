@@ -17,6 +17,9 @@ pair has half of p(tau). tau's step and the batch are the preset's (--preset pap
 """
 
 import argparse
+import contextlib
+import io
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -27,23 +30,24 @@ import torch.nn as nn
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import common
 import dha
+import timing
 
 NODE, PLANTED = 2, ("sep_conv_3x3", 1)
 
 
 def small_lr(seed: int, flags: list[str]) -> None:
-    data = common.load_data("shapes")
+    dha.Figure = None
     for hpo in ([], ["--no-hpo"]):
         with tempfile.TemporaryDirectory() as folder:
-            given = "--preset quick --no-da --lr 0.0025 --search-epochs 1 --train-epochs 2".split()
-            given += ["--seed", str(seed), "--out", folder]
-            args = dha.parse_args([*given, *hpo, *flags])
-            s = dha.start(args, data, torch.device("cpu"))
-            run = dha.open_run(args, torch.device("cpu"))
-            dha.search_and_train(s, args, data, run)
-        rates = " ".join(f"{record['lr']:.4f}" for record in run.history)
+            out = f"{folder}/run"
+            given = ["--preset", "quick", "--no-da", "--lr", "0.0025", "--search-epochs", "1", "--train-epochs", "2"]
+            args = dha.parse_args([*given, "--seed", str(seed), "--out", out, *hpo, *flags])
+            with contextlib.redirect_stdout(io.StringIO()):
+                dha.run_dha(args, torch.device("cpu"))
+            history = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+        rates = " ".join(f"{record['lr']:.4f}" for record in history)
         print(f"seed {seed}, {'without' if hpo else 'with'} Eq. 3: lr {rates},", end=" ")
-        print(f"test accuracy {run.history[-1]['test_accuracy']:.1f} %", flush=True)
+        print(f"test accuracy {history[-1]['test_accuracy']:.1f} %", flush=True)
 
 
 class ShowsLabel(nn.Module):
@@ -62,53 +66,53 @@ class ShowsLabel(nn.Module):
 
 def planted(seed: int, epochs: int, steps: int, given: bool, flags: list[str]) -> list[bool]:
     """Is the planted operation in the support: at the start, and after each epoch's recovery."""
-    args = dha.parse_args(["--preset", "quick", "--no-da", "--no-hpo", "--batch-size", "32", *flags])
+    args = dha.parse_args(["--preset", "quick", "--no-da", "--no-hpo", "--batch-size", "32", *timing.NOT_MADE, *flags])
     torch.manual_seed(seed)
     noise = torch.randint(256, (32 * steps, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(10, (32 * steps,))
-    data = common.Data(noise, labels, noise, labels, list(map(str, range(10))))
+    data = common.Data(noise, labels, noise, labels, [str(k) for k in range(10)])
     s = dha.DHA(args, data, torch.device("cpu"))
+    name = f"{PLANTED[0]}_{PLANTED[1]}"
     shows = []
     for cell in s.net.cells:
-        if cell.first == 0:  # a normal one
-            op = cell.nodes[NODE]["{}_{}".format(*PLANTED)]
-            shows.append(ShowsLabel(op[-1].num_features))
-            cell.nodes[NODE]["{}_{}".format(*PLANTED)] = shows[-1]
+        if cell.first_node == 0:  # a normal one
+            candidates = cell.nodes[NODE]
+            candidates[name] = ShowsLabel(candidates[name][-1].num_features)
+            shows.append(candidates[name])
     if given:
-        column = 7 * PLANTED[1] + dha.OPS.index(PLANTED[0])
+        column = len(dha.OPS) * PLANTED[1] + dha.OPS.index(PLANTED[0])
         s.net.b[NODE].data.copy_(args.b_scale * s.net.A[NODE][:, column])
     s.net.train()
-    s.net.recover(args.lasso)
+    s.net.adopt(s.net.decode())
     found = [PLANTED in s.net.support[NODE]]
     for _ in range(epochs):
         for images, y in zip(noise.split(32), labels.split(32)):
             for op in shows:
                 op.labels = y
             dha.train_step(s, images, y, args)
-        s.net.recover(args.lasso)
+        s.net.adopt(s.net.decode())
         found.append(PLANTED in s.net.support[NODE])
     return found
 
 
 def alike(seed: int, loss: float, steps: int, flags: list[str]) -> int | None:
     """The step at which one of the pairs, none of which is better, has half of p(tau)."""
-    args = dha.parse_args(["--preset", "quick", *flags])
+    args = dha.parse_args(["--preset", "quick", *timing.NOT_MADE, *flags])
     torch.manual_seed(seed)
     count = len(dha.AUGMENTATIONS)
     tau = torch.zeros(count, count, requires_grad=True)
     losses = torch.full((args.batch_size,), loss)
     for step in range(1, steps + 1):
-        gradient = torch.autograd.grad(dha.policy_loss(tau, dha.sample_pairs(tau, len(losses)), losses), tau)
-        tau.data -= args.tau_lr * gradient[0]
+        pairs = dha.sample_pairs(tau, len(losses))
+        (gradient,) = torch.autograd.grad(dha.policy_loss(tau, pairs, losses), tau)
+        tau.data -= args.tau_lr * gradient
         if tau.detach().flatten().softmax(0).max() > 0.5:
             return step
     return None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", choices=["lr", "planted", "alike"])
     parser.add_argument("--seeds", type=int, help="lr, alike: 3, planted: 10")
     parser.add_argument("--epochs", type=int, default=3, help="planted: recoveries")

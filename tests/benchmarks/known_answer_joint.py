@@ -1,6 +1,6 @@
 """A question whose answer is known: does the search find contrast operations where images lost contrast?
 
-    python tests/benchmarks/known_answer_joint.py --seeds 3        # 8 minutes a seed and data set on 2 cores
+    python tests/benchmarks/known_answer_joint.py --seeds 3        # minutes per seed and data set
 
 Searches on `shapes` as it is, and on `shapes` whose images have each lost a random part of their contrast
 (blended with their mean gray, 15 to 60 % left). Prints the probability that AutoContrast, Equalize or
@@ -12,6 +12,8 @@ question. The search is quick's, but longer, to learn: 8 epochs of 3,200 images,
 """
 
 import argparse
+import contextlib
+import io
 import sys
 import tempfile
 from pathlib import Path
@@ -41,9 +43,7 @@ def without_contrast(images: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--random-start", action="store_true", help="start z as the search does")
     mine, flags = parser.parse_known_args()
@@ -56,14 +56,16 @@ def main() -> None:
     for seed in range(mine.seeds):
         for name, data in (("shapes", plain), ("shapes without contrast", dull)):
             with tempfile.TemporaryDirectory() as folder:
-                given = ["--preset", "quick", *longer, "--seed", str(seed), "--out", folder, *flags]
+                given = ["--preset", "quick", *longer, "--seed", str(seed), "--out", f"{folder}/run", *flags]
                 args = joint.parse_args(given)
                 torch.manual_seed(seed)
                 first = joint.Policy(args.sub_policies, args.stages).selection().mean((0, 1))
-                last = joint.search(args, data, joint.open_run(args, torch.device("cpu"))).policy
-            last = last.selection().mean((0, 1))
+                cpu = torch.device("cpu")
+                with contextlib.redirect_stdout(io.StringIO()):
+                    s = joint.search(args, data, cpu, None, joint.RunDirectory(args, cpu))
+            last = s.policy.selection().mean((0, 1))
             parts = ", ".join(f"{w} {first[r]:.3f} -> {last[r]:.3f}" for w, r in zip(WANTED, rows))
-            print(f"seed {seed}, {name}: {first[rows].sum():.3f} -> {last[rows].sum():.3f}  ({parts})")
+            print(f"seed {seed}, {name}: {first[rows].sum():.3f} -> {last[rows].sum():.3f}  ({parts})", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -14,15 +13,17 @@ import joint_darts_faa as joint
 from known_answer_joint import EvenStart
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--eta", type=float, default=0.05)
+    parser.add_argument("--eta", type=float, default=joint.ETA)
     parser.add_argument("--even", action="store_true")
     mine, flags = parser.parse_known_args()
 
-    joint.Policy = partial(EvenStart if mine.even else joint.Policy, eta=mine.eta)
-    return joint.main(flags)
+    joint.ETA = mine.eta
+    if mine.even:
+        joint.Policy = EvenStart
+    joint.main(flags)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -3,10 +3,9 @@
     python tests/benchmarks/table.py joint --data-dir cifar10_jpeg    # or another of TABLES
     python tests/benchmarks/table.py joint                            # print it from tests/results alone
 
-Starts every run that tests/results/ does not hold, goes on with those that were stopped, keeps there the
-result.json of each with the command that made it and its last line of metrics.jsonl; prints the table; draws
-the figures of ablation and sensitivity into .github/. Two runs at once share the cores, a half each, which
-on 2 cores gets through 1.5 times as many steps as one run that has both.
+Starts every run that tests/results/ does not hold, and goes on with those that were stopped. Keeps in tests/results/ the
+result.json of each, with the command that made it and its last line of metrics.jsonl. Prints the table; draws the figures of
+ablation and sensitivity into .github/. --jobs runs at once share the cores.
 """
 
 import argparse
@@ -61,8 +60,11 @@ ROWS = {  # SEED and OUT are filled in
     "without HPO": f"dha.py {DHA} --no-hpo",
     "without NAS": f"dha.py {FIXED} {RANDOM}",
 }
+# --lasso was a flag of the scripts that made the kept results; now it is dha.LASSO. Its rows can be read, not be run again
 SWEEPS = {"beta-lr": (3e-5, 3e-3), "beta-wd": (1e-4, 1e-2), "tau-lr": (0.025, 2.5), "lasso": (1e-6, 1e-4)}
-ROWS |= {f"{flag} {x:g}": f"dha.py {DHA} --{flag} {x:g}" for flag, values in SWEEPS.items() for x in values}
+for flag, values in SWEEPS.items():
+    for value in values:
+        ROWS[f"{flag} {value:g}"] = f"dha.py {DHA} --{flag} {value:g}"
 
 TABLES = {
     "joint": [
@@ -77,10 +79,12 @@ TABLES = {
     "ablation": ["DHA", "without DA", "without HPO", "without NAS"],
 }
 READ_AGAINST = {"joint": ["random genotype", "DARTS"], "dha": ["random genotype, dha.py", "One-Stage ISTA"]}
-SENSITIVITY = {"sensitivity-joint": ("DARTS + Faster AA jointly", ("policy-lr", "eta", "z"))}
-SENSITIVITY["sensitivity-dha"] = ("DHA", tuple(SWEEPS))
-for name, (middle, flags) in SENSITIVITY.items():
-    TABLES[name] = [middle, *(row for row in ROWS if row.split()[0] in flags)]
+SENSITIVITY = {  # table: the row with quick's values, and what the others change
+    "sensitivity-joint": ("DARTS + Faster AA jointly", ("policy-lr", "eta", "z")),
+    "sensitivity-dha": ("DHA", tuple(SWEEPS)),
+}
+for name, (middle, settings) in SENSITIVITY.items():
+    TABLES[name] = [middle, *(row for row in ROWS if row.split()[0] in settings)]
 
 
 def slug(row: str, seed: int) -> str:
@@ -92,8 +96,10 @@ def prepare(out: Path, seed: int) -> None:
     torch.manual_seed(seed)
     cells = []
     for _ in range(2):
-        states = [state for j in range(4) for state in torch.randperm(j + 2)[:2].sort().values.tolist()]
-        cells.append([(common.PRIMITIVES[1 + int(torch.randint(7, ()))], state) for state in states])
+        states = []
+        for j in range(4):
+            states += torch.randperm(j + 2)[:2].sort().values.tolist()
+        cells.append([(dha.OPS[int(torch.randint(7, ()))], state) for state in states])
     genotype = common.Genotype(cells[0], [2, 3, 4, 5], cells[1], [2, 3, 4, 5])
     common.save_genotype(genotype, out / f"random-genotype-{seed}.json")
     policy = joint_darts_faa.Policy().table()  # z, p, mu from U(0, 1), as a search starts
@@ -107,24 +113,37 @@ def run(row: str, seed: int, mine: argparse.Namespace) -> None:
         return
     command = ROWS[row].replace("OUT", str(mine.out)).replace("SEED", str(seed))
     command += f" --seed {seed} --out {out}"
-    given = ["--data-dir", mine.data_dir, *([] if mine.gpu is None else ["--gpu", str(mine.gpu)])]
-    env = os.environ | {"OMP_NUM_THREADS": str(max(os.cpu_count() // mine.jobs, 1))}
+    given = ["--data-dir", mine.data_dir]
+    if mine.gpu is not None:
+        given += ["--gpu", str(mine.gpu)]
+    env = {**os.environ, "OMP_NUM_THREADS": str(max(os.cpu_count() // mine.jobs, 1))}
+
     print(f"python {command}", flush=True)
-    with open(f"{out}.log", "a") as log:
+    with open(ROOT / f"{out}.log", "a") as log:
         words = [sys.executable, *shlex.split(command), *given, "--resume"]
         code = subprocess.call(words, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
     if code:
         raise SystemExit(f"{row}, seed {seed} ended with {code}: see {out}.log")
-    # While it trains a run looks at 500 test images; its network is judged by all 10,000.
-    words = [sys.executable, shlex.split(command)[0], "--evaluate", str(out), "--limit-test", "10000", *given]
-    said = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
+
+    # While it trains a run looks at 500 test images; its network is judged by all 10,000
+    script = shlex.split(command)[0]
+    words = [sys.executable, script, "--evaluate", str(out), "--limit-test", "10000", *given]
+    said = subprocess.run(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
     accuracy, count = re.search(r"test accuracy: ([\d.]+) % of (\d+) images", said).groups()
-    result = json.loads((ROOT / out / "result.json").read_text())
+
     last = json.loads((ROOT / out / "metrics.jsonl").read_text().splitlines()[-1])
+    last.pop("support", None)
     about = json.loads((ROOT / out / "config.json").read_text())
-    result |= {"test_accuracy": float(accuracy), "test_images": int(count), "command": f"python {command}"}
-    result |= {"last_epoch": {k: v for k, v in last.items() if k != "support"}}
-    kept.write_text(json.dumps(result | {name: about[name] for name in ("torch", "device")}, indent=1) + "\n")
+    result = {
+        **json.loads((ROOT / out / "result.json").read_text()),
+        "test_accuracy": float(accuracy),
+        "test_images": int(count),
+        "command": f"python {command}",
+        "last_epoch": last,
+        "torch": about["torch"],
+        "device": about["device"],
+    }
+    kept.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def kept_results(row: str) -> dict[int, dict]:
@@ -137,78 +156,91 @@ def kept_results(row: str) -> dict[int, dict]:
     return found
 
 
-def interval(differences: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % t-interval."""
-    n = len(differences)
-    half = scipy.stats.t.ppf(0.975, n - 1) * stdev(differences) / math.sqrt(n)
-    return mean(differences), half
+def difference(row: str, reference: str) -> str:
+    """Of the two rows' accuracies, seed by seed: mean and 95 % t-interval. Nothing where there are not two seeds."""
+    ours, others = kept_results(row), kept_results(reference)
+    found = [ours[seed]["test_accuracy"] - others[seed]["test_accuracy"] for seed in ours if seed in others]
+    n = len(found)
+    if row == reference or n < 2:
+        return ""
+    half = scipy.stats.t.ppf(0.975, n - 1) * stdev(found) / math.sqrt(n)
+    return f"{mean(found):+.2f} [{mean(found) - half:+.2f}, {mean(found) + half:+.2f}]"
 
 
 def table(name: str) -> str:
-    """A table as Markdown. Differences are taken seed by seed, and are given with their 95 % t-interval."""
+    """A table as Markdown: accuracies with their standard deviation over seeds, differences with their 95 % t-interval."""
     references = READ_AGAINST.get(name, TABLES[name][:1])
-    differences = [f"minus {row.removesuffix(', dha.py')}" for row in references]
-    head = ["", "seeds", "accuracy (%)", *differences, "parameters", "min (search)"]
+    head = ["", "seeds", "accuracy (%)"]
+    head += [f"minus {row.removesuffix(', dha.py')}" for row in references]
+    head += ["parameters", "minutes", "of search"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for row in TABLES[name]:
-        runs = kept_results(row)
-        accuracy = {seed: result["test_accuracy"] for seed, result in runs.items()}
-        cells = [row.removesuffix(", dha.py"), str(len(runs))]
-        if len(runs) > 1:
-            cells.append(f"{mean(accuracy.values()):.2f} ± {stdev(accuracy.values()):.2f}")
-            for reference in references:
-                other = kept_results(reference)
-                both = [accuracy[seed] - other[seed]["test_accuracy"] for seed in runs if seed in other]
-                some = row != reference and len(both) > 1
-                cells.append("{:+.2f} ± {:.2f}".format(*interval(both)) if some else "")
-            cells.append(f"{mean(result['params'] for result in runs.values()) / 1000:.1f} k")
-            total, search = (mean(r[key] / 60 for r in runs.values()) for key in ("seconds", "search_seconds"))
-            cells.append(f"{total:.1f} ({search:.1f})")
+        results = list(kept_results(row).values())
+        accuracies = [result["test_accuracy"] for result in results]
+        cells = [row.removesuffix(", dha.py"), str(len(results))]
+        if len(results) < 2:
+            cells += [" ".join(f"{x:.2f}" for x in accuracies)] + [""] * (len(head) - 3)
         else:
-            cells += [" ".join(f"{x:.2f}" for x in accuracy.values())] + [""] * (len(head) - 3)
+            cells.append(f"{mean(accuracies):.2f} ± {stdev(accuracies):.2f}")
+            cells += [difference(row, reference) for reference in references]
+            cells.append(f"{mean(result['params'] for result in results) / 1000:.1f} k")
+            cells.append(f"{mean(result['seconds'] for result in results) / 60:.1f}")
+            cells.append(f"{mean(result['search_seconds'] for result in results) / 60:.1f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def quick_value(flag: str) -> str:
-    """What the runs have that a sweep of the flag is read against."""
-    start = {"eta": joint_darts_faa.Policy(1, 1).eta, "z": "uniform"}
-    settings = [vars(script.parse_args(["--preset", "quick"])) for script in (joint_darts_faa, dha)]
-    return str((settings[0] | settings[1] | start)[flag.replace("-", "_")])
+def quick_value(setting: str) -> str:
+    """What the runs have that a sweep of the setting is read against."""
+    quick = ["--preset", "quick", "--out", "not-made"]
+    known = {
+        **vars(joint_darts_faa.parse_args(quick)),
+        **vars(dha.parse_args(quick)),
+        "eta": joint_darts_faa.ETA,
+        "z": "uniform",
+        "lasso": dha.LASSO,
+    }
+    return str(known[setting.replace("-", "_")])
+
+
+def panels_of(name: str) -> dict[str, dict[str, str]]:
+    """What a figure shows: for each panel's title the rows of the table, by the label below their dots."""
+    if name == "ablation":
+        return {"ablation of DHA": {row: row for row in TABLES[name]}}
+
+    def number(label: str) -> float:
+        return float(label.split()[0]) if label[0].isdigit() else 0.0
+
+    middle, settings = SENSITIVITY[name]
+    panels = {}
+    for setting in settings:
+        rows = {row.split()[1]: row for row in TABLES[name] if row.split()[0] == setting}
+        rows[f"{quick_value(setting)}\n(quick)"] = middle
+        panels[setting] = {label: rows[label] for label in sorted(rows, key=number)}
+    return panels
 
 
 def draw(name: str) -> None:
-    """.github/<name>.png: every seed's accuracy a dot, the mean a line; sensitivity: a panel a setting."""
-    import matplotlib.pyplot as plt
+    """.github/<name>.png: every seed's accuracy is a dot, the mean a line; sensitivity: one panel per setting."""
+    from matplotlib.figure import Figure
 
-    plt.switch_backend("agg")
-    if name == "ablation":
-        panels = {"ablation of DHA": {row: row for row in TABLES[name]}}
-    else:
-        (common_row, flags), panels = SENSITIVITY[name], {}
-        number = lambda label: float(label.split()[0]) if label[0].isdigit() else 0.0
-        for flag in flags:
-            rows = {row.split()[1]: row for row in TABLES[name] if row.split()[0] == flag}
-            rows[f"{quick_value(flag)}\n(quick)"] = common_row
-            panels[flag] = dict(sorted(rows.items(), key=lambda row: number(row[0])))
-    size = {"figsize": (max(3 * len(panels), 6), 3.4), "layout": "constrained"}
-    figure, axes = plt.subplots(1, len(panels), sharey=True, squeeze=False, **size)
-    for axis, (title, rows) in zip(axes[0], panels.items()):
+    panels = panels_of(name)
+    figure = Figure(figsize=(max(3 * len(panels), 6), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (title, rows) in zip(axes, panels.items()):
         for x, row in enumerate(rows.values()):
-            accuracy = [result["test_accuracy"] for result in kept_results(row).values()]
-            axis.plot([x] * len(accuracy), accuracy, "o", color="#0072B2", alpha=0.6)
-            if accuracy:
-                axis.hlines(mean(accuracy), x - 0.25, x + 0.25, color="#D55E00")
+            accuracies = [result["test_accuracy"] for result in kept_results(row).values()]
+            axis.plot([x] * len(accuracies), accuracies, "o", color="#0072B2", alpha=0.6)
+            if accuracies:
+                axis.hlines(mean(accuracies), x - 0.25, x + 0.25, color="#D55E00")
         axis.set_xticks(range(len(rows)), rows)
         axis.set(title=title, xlim=(-0.5, len(rows) - 0.5))
-    axes[0, 0].set_ylabel("test accuracy (%)")
+    axes[0].set_ylabel("test accuracy (%)")
     figure.savefig(ROOT / ".github" / f"{name}.png", dpi=150)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--data-dir", help="CIFAR-10 as train/<class>/*, test/<class>/*; None: start nothing")
     parser.add_argument("--out", type=Path, default=Path("runs/table"), help="run directories")
@@ -222,7 +254,7 @@ def main() -> None:
         RESULTS.mkdir(exist_ok=True)
         for seed in range(mine.seeds):
             prepare(ROOT / mine.out, seed)
-        # The genotype that "random policy" is given must be there first.
+        # The genotype that "random policy" is given must be there first
         order = sorted(TABLES[mine.table], key=lambda row: "DARTS-SEED" in ROWS[row])
         runs = [(row, seed) for row in order for seed in range(mine.seeds)]
         pool = ThreadPoolExecutor(mine.jobs)
