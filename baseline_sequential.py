@@ -25,8 +25,8 @@ a batch:
     1. the policy augments the second half: in each stage the weighted sum of all 16 operations    Eqs. (1) to (3)
     2. move the critic, to be large on the first half, which is real, and small on the second      WGAN-GP
        move the classifier, to put the first half where its labels say
-    3. augment the second half again, and move the policy, so that the critic takes it for real
-       and the classifier puts it where its labels say
+    3. augment the second half anew, and move the policy by the gradients of this: the critic should
+       take the images for real, and the classifier should put them where their labels say
 """
 
 import argparse
@@ -73,7 +73,7 @@ PRESETS = {
 
 
 class StageParser(argparse.ArgumentParser):
-    """Keeps the flags that it does not know, for the stages, in `rest`."""
+    """Keeps the flags that it does not know, for the stages, in `rest`; without any a resumed run has those it had."""
 
     def parse_args(
         self, args: list[str] | None = None, namespace: argparse.Namespace | None = None
@@ -122,12 +122,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--sub-policies", type=at_least(1), default=10, help="L, sub-policies of a policy [P]")
     add("--stages", type=at_least(1), default=2, help="K, operations of a sub-policy, one after the other [P]")
     add("--class-weight", type=at_least(0.0), default=0.1, help="weight of the classification losses [A]")
-    add("--critic-weight", type=at_least(0.0), default=1.0, help="weight of the critic's losses [C]")
-    add("--penalty", type=at_least(0.0), default=10.0, help="weight of the gradient penalty [A]")
+    add("--critic-weight", type=at_least(0.0), default=1.0, help="weight of the critic's losses, penalty included [C]")
+    add("--penalty", type=at_least(0.0), default=10.0, help="lambda of WGAN-GP, weight of the gradient penalty [A]")
     add("--depth", type=at_least(10), default=40, help="layers of the WideResNet, 6 n + 4 [P]")
     add("--width", type=at_least(1), default=2, help="its width [P]")
 
-    # The preset stands below the flags that are given
+    # The preset stands below the flags that are given; --compare wants none
     given = parser.parse_args(argv)
     if given.compare:
         return given
@@ -138,8 +138,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error("--method is missing: faa-darts, darts or dha")
     if (args.depth - 4) % 6 or args.faa_batch_size % 2:
         parser.error("--depth must be 6 n + 4 (10, 16, ..., 40), --faa-batch-size even: half of it is augmented")
-    if any(word.split("=")[0] in ("--policy", "--search-only") for word in args.rest):
-        parser.error("--policy and --search-only are not for a baseline: its stages hand over what they found")
+    handed = ["--policy", "--search-only"]
+    if args.method == "dha":
+        handed.append("--genotype")
+    if any(word.split("=")[0] in handed for word in args.rest):
+        parser.error(f"not for this baseline, whose stages hand over what they found: {', '.join(handed)}")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         parser.error("start this without torchrun: --processes N runs the stages under it")
     return args
@@ -199,14 +202,18 @@ class Policy(nn.Module):
         signs = 1 - 2 * self.signed * torch.randint(2, masks.shape, device=images.device)
         magnitudes = self.mu[which] * signs  # (B, K, 16)
 
-        # Stage by stage, (B, 16), and in each operation by operation, (B,)
-        for stage in zip(weights.unbind(1), masks.unbind(1), magnitudes.unbind(1)):
+        for stage_weights, stage_masks, stage_magnitudes in zip(
+            weights.unbind(1), masks.unbind(1), magnitudes.unbind(1)
+        ):
+            weight = stage_weights.unbind(1)  # (B,) for each operation
+            mask = stage_masks.unbind(1)
+            magnitude = stage_magnitudes.unbind(1)
+
             mixed = torch.zeros_like(images)
-            by_operation = zip(AUGMENTATIONS.values(), *[numbers.unbind(1) for numbers in stage])
-            for operation, weight, mask, magnitude in by_operation:
-                maybe = torch.lerp(images, operation(images, magnitude), per_image(mask))  # Eq. (1)
-                mixed = mixed + per_image(weight) * maybe  # Eq. (2)
-            images = mixed + (mixed.clamp(0, 1) - mixed).detach()  # only rounding leaves [0, 1]
+            for n, operation in enumerate(AUGMENTATIONS.values()):
+                maybe = torch.lerp(images, operation(images, magnitude[n]), per_image(mask[n]))  # Eq. (1)
+                mixed = mixed + per_image(weight[n]) * maybe  # Eq. (2)
+            images = into_range(mixed)
         return images
 
     @torch.no_grad()
@@ -315,6 +322,12 @@ class PolicySearch:
         self.policy = Policy(args.sub_policies, args.stages, ETA).to(device)
         self.net_optimizer = torch.optim.Adam(self.net.parameters(), args.faa_lr, betas=(0.0, 0.999))
         self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), args.policy_lr, betas=(0.0, 0.999))
+        self.parts = {  # for the checkpoint
+            "net": self.net,
+            "policy": self.policy,
+            "net_optimizer": self.net_optimizer,
+            "policy_optimizer": self.policy_optimizer,
+        }
         mean, std = common.mean_std(data.train_images)
         self.mean = mean.to(device)
         self.std = std.to(device)
@@ -323,25 +336,24 @@ class PolicySearch:
         """Images float in [0, 1] through the policy, normalised."""
         return common.normalize(self.policy(images), self.mean, self.std)
 
-    def parts(self) -> dict:
-        return {
-            "net": self.net,
-            "policy": self.policy,
-            "net_optimizer": self.net_optimizer,
-            "policy_optimizer": self.policy_optimizer,
-        }
+    def state_dict(self) -> dict:
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
 
 
-def critic_step(s: PolicySearch, real: Tensor, labels: Tensor, other: Tensor, args: argparse.Namespace) -> Tensor:
-    """Move critic and classifier: tell `real` from the augmented `other`, and put `real` where its labels say.
+def critic_step(s: PolicySearch, real: Tensor, labels: Tensor, source: Tensor, args: argparse.Namespace) -> Tensor:
+    """Move critic and classifier: tell `real` from the augmented `source`, and put `real` where its labels say.
 
-    real, other: float (B, 3, H, W) in [0, 1]. Returns the Wasserstein distance as the critic sees it, the
+    real, source: float (B, 3, H, W) in [0, 1]. Returns the Wasserstein distance as the critic sees it, the
     penalty, the classifier's loss and its accuracy in %, (4,).
     """
     s.net.requires_grad_(True)
     real = common.normalize(real, s.mean, s.std)
     with torch.no_grad():
-        augmented = s.augmented(other)
+        augmented = s.augmented(source)
 
     logits, real_value = s.net(real)
     _, augmented_value = s.net(augmented)
@@ -396,8 +408,7 @@ def search_policy(
     s = PolicySearch(args, data, device)
     history = directory.history  # a record per epoch
     if history:
-        for name, part in s.parts().items():
-            part.load_state_dict(directory.state["policy"][name])
+        s.load_state_dict(directory.state["policy"])
 
     shuffled = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(args.seed)).to(device)
     few = shuffled[: args.faa_images]
@@ -413,10 +424,10 @@ def search_policy(
         batches = common.loader(data.train_images, data.train_labels, order, train=True)
         totals = torch.zeros(len(MEASURED), device=device)
         for images, labels in tqdm(batches, f"policy {epoch + 1}", len(order), leave=False, disable=None):
-            real, other = (images / 255).chunk(2)
-            real_labels, other_labels = labels.chunk(2)
-            measured = critic_step(s, real, real_labels, other, args)
-            totals += torch.cat([measured, policy_step(s, other, other_labels, args)])
+            real, source = (images / 255).chunk(2)
+            real_labels, source_labels = labels.chunk(2)
+            measured = critic_step(s, real, real_labels, source, args)
+            totals += torch.cat([measured, policy_step(s, source, source_labels, args)])
 
         means = totals / len(order)
         learned = [*s.net.parameters(), *s.policy.parameters()]
@@ -431,8 +442,7 @@ def search_policy(
             f"epoch {epoch + 1}  policy  distance {record['distance']:.2f}  penalty {record['penalty']:.2f}  "
             f"real {record['accuracy']:.1f} %  augmented {record['policy_accuracy']:.1f} %"
         )
-        state = {name: part.state_dict() for name, part in s.parts().items()}
-        directory.end_epoch(record, time.time() - begun, policy=state)
+        directory.end_epoch(record, time.time() - begun, policy=s.state_dict())
     return s.policy
 
 
@@ -441,8 +451,11 @@ def search_policy(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def stages(args: argparse.Namespace) -> dict[str, list[str]]:
-    """The called stages: the name of each, which is its folder in --out, and its script and flags."""
+def stages(args: argparse.Namespace, checking: bool = False) -> dict[str, list[str]]:
+    """The called stages: the name of each, which is its folder in --out, and its script and flags.
+
+    checking: to check the flags, before there are files that one stage hands to the next.
+    """
     here = Path(__file__).parent
     out = Path(args.out)
     flags = [*args.rest, "--resume"]
@@ -455,12 +468,14 @@ def stages(args: argparse.Namespace) -> dict[str, list[str]]:
 
     if args.method == "dha":
         dha = [str(here / "dha.py"), *flags]
-        genotype = str(out / "search" / "genotype.json")
+        genotype = [] if checking else ["--genotype", str(out / "search" / "genotype.json")]
         return {
             "search": [*dha, "--no-da", "--no-hpo", "--train-epochs", "0", "--out", str(out / "search")],
-            "train": [*dha, "--genotype", genotype, "--out", str(out / "train")],
+            "train": [*dha, *genotype, "--out", str(out / "train")],
         }
-    policy = "none" if args.method == "darts" else str(out / "policy.json")
+    policy = "none"
+    if args.method == "faa-darts" and not checking:
+        policy = str(out / "policy.json")
     return {"darts": [str(here / "joint_darts_faa.py"), *flags, "--policy", policy, "--out", str(out / "darts")]}
 
 
@@ -473,7 +488,7 @@ def run_baseline(args: argparse.Namespace, device: torch.device) -> None:
 
     # A wrong flag of a later stage is found before the first one starts
     if not (out / "config.json").exists():
-        for command in stages(args).values():
+        for command in stages(args, checking=True).values():
             subprocess.run([sys.executable, *command, "--check"], check=True)
     if args.check:
         return
@@ -509,8 +524,8 @@ def run_baseline(args: argparse.Namespace, device: torch.device) -> None:
     # What the last stage found, at what all stages cost
     methods = {"faa-darts": "Faster AA, then DARTS", "darts": "DARTS", "dha": "Sequential DHA"}
     result = {**results[-1], "method": methods[args.method], **directory.costs()}
-    for cost in directory.costs():
-        result[cost] += sum(stage[cost] for stage in results)
+    for name in directory.costs():
+        result[name] += sum(stage[name] for stage in results)
     save(out / "result.json", result)
     print(json.dumps(result, indent=1))
 
@@ -551,6 +566,8 @@ def compare(folders: list[str]) -> str:
             args = json.loads((folder / "config.json").read_text())["args"]
             numbers = [float(result[name]) for name in ("params", "search_seconds", "gpu_hours")]
             accuracy = result.get("test_accuracy")
+            if result["dataset"] != "folder":
+                args.pop("data_dir", None)  # where it lies says nothing
             settings = tuple((name, str(value)) for name, value in sorted(args.items()) if name not in not_settings)
             key = (result["dataset"], result["method"], settings)
         except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -774,6 +791,12 @@ def per_image(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
 
 
+def into_range(images: Tensor) -> Tensor:
+    """clamp(0, 1), for which pixels that are exactly 0 or 1 are inside (since torch 2.14 they are not for clamp)."""
+    near = F.hardtanh(images, -1e-6, 1 + 1e-6)
+    return near + (near.clamp(0, 1) - near).detach()
+
+
 def pixel_centers(images: Tensor) -> tuple[Tensor, Tensor]:
     """x (1, 1, W) and y (1, H, 1) of the pixels, from the top left corner: 0.5, 1.5, ..."""
     H, W = images.shape[2:]
@@ -786,8 +809,7 @@ def sample_at(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Each pixel shows the input at (x, y), of a shape that expands to (B, H, W). Bilinear; outside is 0."""
     B, _, H, W = images.shape
     grid = torch.stack([(x * 2 / W - 1).expand(B, H, W), (y * 2 / H - 1).expand(B, H, W)], -1)
-    out = F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
-    return out.clamp(0, 1)
+    return into_range(F.grid_sample(images, grid, padding_mode="zeros", align_corners=False))
 
 
 def shear_x(images: Tensor, magnitude: Tensor) -> Tensor:
@@ -828,7 +850,7 @@ def rotate(images: Tensor, magnitude: Tensor) -> Tensor:
 
 def blend(ground: Tensor, images: Tensor, magnitude: Tensor) -> Tensor:
     """`images` moved away from `ground` (magnitude > 0) or towards it: by the factor 1 + 0.9 magnitude."""
-    return torch.lerp(ground, images, 1 + 0.9 * per_image(magnitude)).clamp(0, 1)
+    return into_range(torch.lerp(ground, images, 1 + 0.9 * per_image(magnitude)))
 
 
 def gray(images: Tensor) -> Tensor:
@@ -839,7 +861,7 @@ def gray(images: Tensor) -> Tensor:
 
 def brightness(images: Tensor, magnitude: Tensor) -> Tensor:
     """Blend with black."""
-    return (images * (1 + 0.9 * per_image(magnitude))).clamp(0, 1)
+    return into_range(images * (1 + 0.9 * per_image(magnitude)))
 
 
 def color(images: Tensor, magnitude: Tensor) -> Tensor:

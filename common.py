@@ -135,8 +135,10 @@ def _torchvision(name: str, root: Path, **part) -> Dataset:
     except ImportError as error:
         raise InputError(f"{name} needs another package (pip install {error.name})") from error
     except Exception as error:
-        message = f"cannot download or read {name} in {root} ({error}): check --data-dir, or use --dataset shapes"
-        raise InputError(message) from error
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"cannot load {name} from {root} ({reason}): check --data-dir, or use --dataset shapes"
+        ) from error
 
 
 def _flowers102(root: Path) -> tuple[tuple, tuple, list[str]]:
@@ -174,8 +176,14 @@ def _image_folder(root: Path, classes: list[str], lacking: bool = False) -> tupl
         hidden = any(part.startswith(".") for part in Path(path).relative_to(root).parts)
         return not hidden and torchvision.datasets.folder.is_image_file(path)
 
+    found = []
     numbers = {name: label for label, name in enumerate(classes)}
-    found = torchvision.datasets.folder.make_dataset(root, numbers, is_valid_file=is_image, allow_empty=lacking)
+    try:
+        if classes:
+            make_dataset = torchvision.datasets.folder.make_dataset
+            found = make_dataset(root, numbers, is_valid_file=is_image, allow_empty=lacking)
+    except FileNotFoundError as error:
+        raise InputError(f"{root}: {error}") from error
     if not found:
         raise InputError(f"no images in {root}: expected folders of images, one folder per class")
     return [path for path, _ in found], [label for _, label in found]
@@ -204,7 +212,7 @@ def _mit67(root: Path) -> tuple[tuple, tuple, list[str]]:
     """`Images/<class>/*`, listed in `TrainImages.txt` and `TestImages.txt`, one `<class>/<file>` per line."""
     lists = []
     for name in ("TrainImages.txt", "TestImages.txt"):
-        lines = (root / name).read_text().splitlines()
+        lines = (root / name).read_text(encoding="utf-8-sig", errors="replace").splitlines()
         lists.append([line.strip() for line in lines if line.strip()])
 
     classes = sorted({line.split("/")[0] for line in lists[0]})
@@ -233,7 +241,7 @@ def load_image(path: str | Path) -> Image.Image:
     scale nobody knows.
     """
     try:
-        with Image.open(path) as image:
+        with open(path, "rb") as file, Image.open(file) as image:  # given a path, Pillow misreads some turned TIFFs
             image = ImageOps.exif_transpose(image)
             if image.mode == "F":
                 raise ValueError("it is in floating point: save it with 8 bits per channel")
@@ -373,7 +381,7 @@ def cutout(images: Tensor, length: int) -> Tensor:
 def mean_std(images: Tensor | Photos) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, (3,) each, of the channels of uint8 images (N, 3, H, W), in units of [0, 1].
 
-    Of Photos: those that everybody uses for ImageNet.
+    Of Photos: those that everybody uses for ImageNet, on the CPU.
     """
     if isinstance(images, Photos):
         return torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -565,7 +573,7 @@ def parse_genotype(text: str, space: str = "cells") -> Genotype | list[str]:
 
     found = re.findall(r"Genotype\((?:[^()]|\([^()]*\))*\)", text)
     if len(set(found)) > 1:
-        print(f"note: the text holds {len(found)} genotypes; the last one is meant")
+        print(f"note: the text holds {len(set(found))} different genotypes; the last one is meant")
     try:
         if found:
             fields = _call_arguments(found[-1])

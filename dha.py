@@ -14,11 +14,12 @@ Architecture", TMLR 2022, https://arxiv.org/abs/2109.05765; equation numbers are
 the one-stage search of ISTA-NAS (Yang et al., NeurIPS 2020). One network at its final size, one loss, no validation
 split, and nothing is retrained: what the search leaves is a trained network.
 
-    theta    weights              tau     14 x 14 logits: which pair of image operations to apply
-    lr, wd   learned, too         alpha   strength of each candidate operation of the network
-    b        short code of alpha (b = A alpha, A random and fixed); b is what Adam trains
+    theta    weights                          tau     14 x 14 logits: which pair of image operations to apply
+    lr, wd   learning rate, weight decay;     alpha   strength of each candidate operation of the network
+             the paper's eta                  b       short code of alpha: b = A alpha, A random and fixed
+    beta     step sizes of lr and wd
 
-The support is the two strongest candidates of each node; only they run. One iteration:
+The support is the two strongest candidates of each node; only they run. What Adam trains is b. One iteration:
 
     1. draw a pair of image operations for every image from softmax(tau) and apply it
     2. compute the loss of every image, and the gradients
@@ -68,7 +69,7 @@ LR_RANGE = (1e-4, 0.1)  # where Eq. (3) may move lr [C]
 WD_RANGE = (0.0, 1e-2)  # and wd [C]
 MAX_LR_CHANGE = 0.1  # in one step, relative [C]
 MAX_WD_CHANGE = 1e-5  # in one step [C]
-GRAD_CLIP = 5.0  # largest norm of theta's gradient [A: DARTS]
+GRAD_CLIP = 5.0  # largest norm of the weights' gradient [A: DARTS]
 LASSO = 1e-5  # lambda of Eq. (4) [A: ISTA-NAS]
 FREEZE_DISTANCE = 1e-3  # a node whose alpha moved no further is frozen [A: ISTA-NAS]
 
@@ -180,7 +181,7 @@ def at_least(low: float, below: float = math.inf):
 
 def sample_pairs(tau: Tensor, count: int) -> Tensor:
     """Draw pairs of operations from p(tau), the softmax over all 196: (count,), with values 14 * first + second."""
-    p = tau.detach().flatten().softmax(0)
+    p = tau.detach().flatten().softmax(0).nan_to_num(1.0)  # the epoch's end reports what is not finite
     return torch.multinomial(p, count, replacement=True)
 
 
@@ -232,10 +233,10 @@ def hypergradient(
 ) -> tuple[Tensor, Tensor]:
     """The gradient of Eq. (3), (dL/dlr, dL/dwd), for the last sgd_step.
 
-    theta: the weights theta+ that the step left. grads: dL/dtheta there, before clipping. velocity: the step's
-    v. lr: its rate. The weights and the v before the step count as constant (end of section 2.2). The next
-    training batch computes these gradients anyway, so that Eq. (3) costs no second pass (the authors' code pays
-    one).
+    theta: the weights that the step left, theta^(t+1) in the paper, theta+ here. grads: dL/dtheta there, before
+    clipping. velocity: the step's v. lr: its rate. The weights and the v before the step count as constant (end of
+    section 2.2). L is the loss of the next batch, whose gradient the next step computes anyway [C]: Eq. (3) costs no
+    second pass (the authors' code pays one).
     """
     g = torch.cat([tensor.flatten() for tensor in grads])
     v = torch.cat([tensor.flatten() for tensor in velocity])
@@ -254,7 +255,7 @@ def hypergradient(
 
 
 def soft_threshold(x: Tensor, threshold: Tensor) -> Tensor:
-    """The shrinkage operator of Eq. (4): every entry moves towards 0 by `threshold`, and stops there."""
+    """The shrinkage operator of Eq. (4), there called eta: entries move towards 0 by `threshold`, and stop at 0."""
     return x.sign() * (x.abs() - threshold).clamp(min=0)
 
 
@@ -275,7 +276,7 @@ def ista(A: Tensor, b: Tensor, lam: float, tolerance: float = 1e-9, rounds: int 
     A_cpu = A.double().cpu()
     G = A_cpu.mT @ A_cpu  # A^T A (..., n, n)
     c = (A_cpu.mT @ b.double().cpu().unsqueeze(-1)).squeeze(-1)  # A^T b (..., n)
-    lipschitz = torch.linalg.matrix_norm(G, 2).unsqueeze(-1).clamp(min=1e-30)  # the paper's L, of the gradient (..., 1)
+    lipschitz = torch.linalg.matrix_norm(G, 2).unsqueeze(-1).clamp(min=1e-30)  # L in Eq. (4) (..., 1)
     largest = c.abs().amax(-1, keepdim=True)
     lam_now = (largest / 2).clamp(min=lam)  # continuation: from here down to lam
     alpha = torch.zeros_like(c)
@@ -404,7 +405,8 @@ class SparseSupernet(nn.Module):
 
     With `auxiliary`, in training, to (logits, auxiliary logits). `layers` cells share 8 nodes: 4 of the normal
     cell, 4 of the reduction cell. Node k has b[k] (7,), A[k] (7, 35; zeros where it has fewer candidates), alpha[k]
-    (35,), support[k] and frozen[k]. b_scale: standard deviation of b at the start.
+    (35,), support[k] and frozen[k]; A_S and alpha_S are A and alpha on the support S. b_scale: standard deviation of
+    b at the start.
     """
 
     ops = OPS
@@ -440,7 +442,7 @@ class SparseSupernet(nn.Module):
         self.register_buffer("A", A)
         self.register_buffer("alpha", torch.zeros(nodes, A.shape[2]))
 
-        # The same on the support S, for `strength`; and what the search moves: b, and with it the support
+        # What `strength` needs of A and alpha; and what the search moves: b, and with it the support
         self.register_buffer("A_S", torch.zeros(nodes, CODE, self.kept))
         self.register_buffer("alpha_S", torch.zeros(nodes, self.kept))
         self.b = nn.ParameterList(b_scale * torch.randn(CODE) for _ in range(nodes))
@@ -484,7 +486,7 @@ class SparseSupernet(nn.Module):
     def strength(self, k: int) -> Tensor:
         """Section 2.3: b^T A - alpha^T E on node k's support, (kept,). Where b = A alpha, it is alpha."""
         A, alpha = self.A_S[k], self.alpha_S[k]
-        alpha_E = A.T @ (A @ alpha) - alpha  # E = A^T A - I
+        alpha_E = A.T @ (A @ alpha) - alpha  # E = A^T A - I, which is symmetric
         return A.T @ self.b[k] - alpha_E
 
     @torch.no_grad()
@@ -622,7 +624,7 @@ def start_within_limits(net: SparseSupernet, args: argparse.Namespace, image_siz
     nearest = overrun(net, net.support, args, image_size)
     for n in range(300):
         if nearest <= 1:
-            return
+            break
         # A column of A is the code of an alpha that is 1 there and 0 elsewhere
         k = n % len(net.b)
         candidates = int(net.A[k].any(0).sum())
@@ -638,7 +640,8 @@ def start_within_limits(net: SparseSupernet, args: argparse.Namespace, image_siz
         else:
             nearest = found
             net.adopt(alpha)
-    raise InputError("found no architecture within --max-params and --max-flops to start with: raise them")
+    if nearest > 1:
+        raise InputError("found no architecture within --max-params and --max-flops to start with: raise them")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -693,7 +696,7 @@ class DHA:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        # The network's form first: freezing and pruning change which parameters it has
+        # The network's form first: freezing and pruning change which parameters it has (and values, which come next)
         self.net.support = state["support"]
         for k, frozen in enumerate(state["frozen"]):
             if frozen and not self.net.frozen[k]:
@@ -751,8 +754,8 @@ def train_step(s: DHA, images: Tensor, labels: Tensor, args: argparse.Namespace)
     ran = [p for p in s.theta if p.grad is not None]
     average_gradients([*ran, *s.net.b, s.tau])
 
-    # 3. Eq. (3). This gradient was taken at the weights after the last step: it tells how that step's lr and wd should
-    #    have differed. Only weights that moved in the last step and ran in this one have a say
+    # 3. Eq. (3), before theta moves again: this gradient was taken at the weights that the last step left, and tells
+    #    how that step's lr and wd should have differed. Only weights that moved then and ran now have a say
     moved = [p for p in ran if p in s.velocity]
     if moved and not args.no_hpo:
         d_lr, d_wd = hypergradient([p.grad for p in moved], [s.velocity[p] for p in moved], moved, s.lr)
@@ -1255,6 +1258,8 @@ def main(argv: list[str]) -> None:
         device = device_of(args.gpu)
         if args.check:
             load_data(args, device)
+            if args.genotype:
+                common.load_genotype(args.genotype, args.space)
         elif args.evaluate:
             evaluate_run(args, device, *load_model(Path(args.evaluate) / "model.pt", device))
         else:
@@ -1312,10 +1317,11 @@ class MobileLayer(nn.Module):
         """As SparseCell's; s0 is not read."""
         name, state = support[0][0]
         strength = strengths[0]
-        if (
-            name == "skip_connect"
-        ):  # no batch norm could absorb a strength: it is 1 here, with the strength's gradient [C]
+
+        # No batch norm could absorb the strength of a skip-connection: it acts as 1, with the strength's gradient [C]
+        if name == "skip_connect":
             return x if strength is None else x * (1 + (strength - strength.detach()))
+
         o = self.nodes[0][f"{name}_{state}"](x)
         if self.training and drop_path_prob > 0 and self.shortcut:
             o = common.drop_path(o, drop_path_prob)
@@ -1388,6 +1394,12 @@ def per_image(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
 
 
+def into_range(images: Tensor) -> Tensor:
+    """clamp(0, 1), for which pixels that are exactly 0 or 1 are inside (since torch 2.14 they are not for clamp)."""
+    near = F.hardtanh(images, -1e-6, 1 + 1e-6)
+    return near + (near.clamp(0, 1) - near).detach()
+
+
 def pixel_centers(images: Tensor) -> tuple[Tensor, Tensor]:
     """x (1, 1, W) and y (1, H, 1) of the pixels, from the top left corner: 0.5, 1.5, ..."""
     H, W = images.shape[2:]
@@ -1400,8 +1412,7 @@ def sample_at(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Each pixel shows the input at (x, y), of a shape that expands to (B, H, W). Bilinear; outside is 0."""
     B, _, H, W = images.shape
     grid = torch.stack([(x * 2 / W - 1).expand(B, H, W), (y * 2 / H - 1).expand(B, H, W)], -1)
-    out = F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
-    return out.clamp(0, 1)
+    return into_range(F.grid_sample(images, grid, padding_mode="zeros", align_corners=False))
 
 
 def shear_x(images: Tensor, magnitude: Tensor) -> Tensor:
@@ -1442,7 +1453,7 @@ def rotate(images: Tensor, magnitude: Tensor) -> Tensor:
 
 def blend(ground: Tensor, images: Tensor, magnitude: Tensor) -> Tensor:
     """`images` moved away from `ground` (magnitude > 0) or towards it: by the factor 1 + 0.9 magnitude."""
-    return torch.lerp(ground, images, 1 + 0.9 * per_image(magnitude)).clamp(0, 1)
+    return into_range(torch.lerp(ground, images, 1 + 0.9 * per_image(magnitude)))
 
 
 def gray(images: Tensor) -> Tensor:
@@ -1453,7 +1464,7 @@ def gray(images: Tensor) -> Tensor:
 
 def brightness(images: Tensor, magnitude: Tensor) -> Tensor:
     """Blend with black."""
-    return (images * (1 + 0.9 * per_image(magnitude))).clamp(0, 1)
+    return into_range(images * (1 + 0.9 * per_image(magnitude)))
 
 
 def color(images: Tensor, magnitude: Tensor) -> Tensor:

@@ -198,14 +198,18 @@ class Policy(nn.Module):
         signs = 1 - 2 * self.signed * torch.randint(2, masks.shape, device=images.device)
         magnitudes = self.mu[which] * signs  # (B, K, 16)
 
-        # Stage by stage, (B, 16), and in each operation by operation, (B,)
-        for stage in zip(weights.unbind(1), masks.unbind(1), magnitudes.unbind(1)):
+        for stage_weights, stage_masks, stage_magnitudes in zip(
+            weights.unbind(1), masks.unbind(1), magnitudes.unbind(1)
+        ):
+            weight = stage_weights.unbind(1)  # (B,) for each operation
+            mask = stage_masks.unbind(1)
+            magnitude = stage_magnitudes.unbind(1)
+
             mixed = torch.zeros_like(images)
-            by_operation = zip(AUGMENTATIONS.values(), *[numbers.unbind(1) for numbers in stage])
-            for operation, weight, mask, magnitude in by_operation:
-                maybe = torch.lerp(images, operation(images, magnitude), per_image(mask))  # Eq. (1)
-                mixed = mixed + per_image(weight) * maybe  # Eq. (2)
-            images = mixed + (mixed.clamp(0, 1) - mixed).detach()  # only rounding leaves [0, 1]
+            for n, operation in enumerate(AUGMENTATIONS.values()):
+                maybe = torch.lerp(images, operation(images, magnitude[n]), per_image(mask[n]))  # Eq. (1)
+                mixed = mixed + per_image(weight[n]) * maybe  # Eq. (2)
+            images = into_range(mixed)
         return images
 
     @torch.no_grad()
@@ -233,20 +237,20 @@ class Policy(nn.Module):
 @torch.no_grad()
 def augment(images: Tensor, policy: Policy) -> Tensor:
     """The policy after the search, when operations are drawn: images (B, 3, H, W) in [0, 1], to the same."""
-    L, K, N = policy.z.shape
+    L, K, _ = policy.z.shape
     B = len(images)
-    which = torch.randint(L, (B,), device=images.device)
+    which = torch.randint(L, (B,), device=images.device)  # a sub-policy for every image
+    nothing = len(AUGMENTATIONS)  # the number of no operation
     for k in range(K):
-        # A draw from Cat(selection) for every image. (torch.multinomial makes a GPU wait where it draws row by row)
+        # A draw from Cat(selection) for every image. (torch.multinomial may make a GPU wait where it draws one per row)
         selection = policy.selection()[which, k]  # (B, 16)
-        choice = (selection / torch.empty_like(selection).exponential_()).argmax(1)
+        drawn = (selection / torch.empty_like(selection).exponential_()).argmax(1)
 
-        # Eq. (1); N is the number of no operation
-        p = policy.p[which, k, choice]
-        mu = policy.mu[which, k, choice]
+        # Eq. (1): it is applied with probability p; its magnitude gets a random sign
+        applied = torch.rand(B, device=images.device) < policy.p[which, k, drawn]
         sign = 1 - 2 * torch.randint(2, (B,), device=images.device)
-        choice = torch.where(torch.rand(B, device=images.device) < p, choice, N)
-        images = apply_each(images, choice, sign * mu)
+        magnitude = sign * policy.mu[which, k, drawn]
+        images = apply_each(images, torch.where(applied, drawn, nothing), magnitude)
     return images
 
 
@@ -258,7 +262,10 @@ NODES = 4  # of a cell; node j reads the states 0 .. j + 1, of which 0 and 1 are
 
 
 class MixedOp(nn.Module):
-    """The mixed operation of an edge: x (B, C, H, W), or its State, to (B, C, H/stride, W/stride)."""
+    """The mixed operation of an edge: x (B, C, H, W) to (B, C, H/stride, W/stride).
+
+    (In a cell x is wrapped, see State below, which only saves time.)
+    """
 
     def __init__(self, channels: int, stride: int):
         super().__init__()
@@ -279,7 +286,7 @@ def candidate(name: str, channels: int, stride: int) -> nn.Sequential:
         pool = nn.Sequential(*layers, nn.BatchNorm2d(channels, affine=False))
         return nn.Sequential(Shared(name, pool))
     if name == "skip_connect":
-        return nn.Sequential(Shared("itself", nn.Identity()), *layers)
+        return nn.Sequential(Shared("itself", nn.Identity()), *layers)  # unwraps the State
     return nn.Sequential(Shared("relu", layers[0]), *layers[1:])
 
 
@@ -424,7 +431,9 @@ class JointSearch:
         self.net.to(device, memory_format=torch.channels_last)
         self.w = [parameter for name, parameter in self.net.named_parameters() if not name.startswith("alphas")]
         self.policy = None if args.policy else Policy(args.sub_policies, args.stages, ETA).to(device)
-        self.upper = [*self.alphas, *(self.policy.parameters() if self.policy else [])]  # what Eq. (9) moves
+        self.upper = list(self.alphas)  # what Eq. (9), the upper level, moves
+        if self.policy:
+            self.upper += self.policy.parameters()
 
         self.w_optimizer = torch.optim.SGD(self.w, args.lr, momentum=0.9, weight_decay=args.weight_decay)
         self.parts = {"net": self.net, "w_optimizer": self.w_optimizer}  # for the checkpoint
@@ -469,12 +478,12 @@ def average_gradients(params: list[Tensor]) -> None:
             g.copy_(mean.view_as(g))
 
 
-def learn(some: list[Tensor], others: list[Tensor]) -> None:
-    """From now on backward passes compute the gradients of `some`, from 0, and none of `others`."""
-    for parameter in some:
+def compute_gradients(of: list[Tensor], not_of: list[Tensor]) -> None:
+    """From now on backward passes compute the gradients `of` some, from 0, and none of others."""
+    for parameter in of:
         parameter.grad = None
         parameter.requires_grad_(True)
-    for parameter in others:
+    for parameter in not_of:
         parameter.grad = None
         parameter.requires_grad_(False)
 
@@ -486,7 +495,7 @@ def search_step(s: JointSearch, val: tuple[Tensor, Tensor], train: tuple[Tensor,
     accuracy in %, L_train, its accuracy in %: (4,).
     """
     # Eq. (9): the policy and alpha, at the present w (xi = 0 in Eq. 8)
-    learn(s.upper, others=s.w)
+    compute_gradients(of=s.upper, not_of=s.w)
     loss_val, accuracy_val = s.loss(*val, amp)  # lines 3 to 5
     loss_val.backward()  # line 6: z, p, mu and alpha at once
     average_gradients(s.upper)
@@ -499,7 +508,7 @@ def search_step(s: JointSearch, val: tuple[Tensor, Tensor], train: tuple[Tensor,
     del loss_val  # and the memory of its graph, before the second half
 
     # Eq. (10): w, with the new policy and alpha
-    learn(s.w, others=s.upper)
+    compute_gradients(of=s.w, not_of=s.upper)
     loss_train, accuracy_train = s.loss(*train, amp)  # lines 10 to 12
     loss_train.backward()  # line 13
     average_gradients(s.w)
@@ -587,7 +596,7 @@ def search(
         s.w_optimizer.param_groups[0]["lr"] = lr
         s.net.train()
 
-        # One seed per epoch: a resumed run goes on as if it had never stopped
+        # One seed per epoch, and two for its batches: a resumed run goes on as if it had never stopped
         seed = 100_003 * args.seed + epoch
         torch.manual_seed(1_009 * seed + RANK)
         val_order = common.batches(len(D_val), args.search_batch_size, 2 * seed, RANK, WORLD).to(device)
@@ -1078,6 +1087,10 @@ def main(argv: list[str]) -> None:
         device = device_of(args.gpu)
         if args.check:
             load_data(args, device)
+            if args.genotype:
+                common.load_genotype(args.genotype)
+            if args.policy and args.policy != "none":
+                load_policy(args.policy)
         elif args.evaluate:
             evaluate_run(args, device, *load_network(Path(args.evaluate) / "model.pt", device))
         else:
@@ -1104,6 +1117,12 @@ def per_image(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
 
 
+def into_range(images: Tensor) -> Tensor:
+    """clamp(0, 1), for which pixels that are exactly 0 or 1 are inside (since torch 2.14 they are not for clamp)."""
+    near = F.hardtanh(images, -1e-6, 1 + 1e-6)
+    return near + (near.clamp(0, 1) - near).detach()
+
+
 def pixel_centers(images: Tensor) -> tuple[Tensor, Tensor]:
     """x (1, 1, W) and y (1, H, 1) of the pixels, from the top left corner: 0.5, 1.5, ..."""
     H, W = images.shape[2:]
@@ -1116,8 +1135,7 @@ def sample_at(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Each pixel shows the input at (x, y), of a shape that expands to (B, H, W). Bilinear; outside is 0."""
     B, _, H, W = images.shape
     grid = torch.stack([(x * 2 / W - 1).expand(B, H, W), (y * 2 / H - 1).expand(B, H, W)], -1)
-    out = F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
-    return out.clamp(0, 1)
+    return into_range(F.grid_sample(images, grid, padding_mode="zeros", align_corners=False))
 
 
 def shear_x(images: Tensor, magnitude: Tensor) -> Tensor:
@@ -1158,7 +1176,7 @@ def rotate(images: Tensor, magnitude: Tensor) -> Tensor:
 
 def blend(ground: Tensor, images: Tensor, magnitude: Tensor) -> Tensor:
     """`images` moved away from `ground` (magnitude > 0) or towards it: by the factor 1 + 0.9 magnitude."""
-    return torch.lerp(ground, images, 1 + 0.9 * per_image(magnitude)).clamp(0, 1)
+    return into_range(torch.lerp(ground, images, 1 + 0.9 * per_image(magnitude)))
 
 
 def gray(images: Tensor) -> Tensor:
@@ -1169,7 +1187,7 @@ def gray(images: Tensor) -> Tensor:
 
 def brightness(images: Tensor, magnitude: Tensor) -> Tensor:
     """Blend with black."""
-    return (images * (1 + 0.9 * per_image(magnitude))).clamp(0, 1)
+    return into_range(images * (1 + 0.9 * per_image(magnitude)))
 
 
 def color(images: Tensor, magnitude: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ import common
 import dha
 import joint_darts_faa
 
+gc.freeze()  # what is imported stays: `call` collects the rest
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; run with -m slow")

@@ -85,8 +85,8 @@ def running(net, k):
 @pytest.mark.parametrize("scale", [1e-3, 1e-2, 0.1, 1.0])
 @pytest.mark.parametrize("entries", [6, 7, 14, 21, 28, 35])
 def test_ista_solves_the_lasso(entries, scale):
-    A = torch.rand(100, 7, entries, dtype=torch.float64)
-    b = scale * torch.randn(100, 7, dtype=torch.float64)
+    A = torch.rand(60, 7, entries, dtype=torch.float64)
+    b = scale * torch.randn(60, 7, dtype=torch.float64)
     alpha = dha.ista(A, b, 1e-5)
     # KKT: A_i^T (b - A alpha) = lam sign(alpha_i) on the support, within +-lam off it
     slope = torch.einsum("pmn,pm->pn", A, b - torch.einsum("pmn,pn->pm", A, alpha))

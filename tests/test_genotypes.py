@@ -10,10 +10,26 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
+import common
 from common import (
-    GENOTYPES, OPERATION_COLORS, PRIMITIVES, Cell, DepthwiseConv, FactorizedReduce, Genotype, InputError,
-    Network, auxiliary_head, count_flops, count_parameters, draw_cell, drop_path, load_genotype, operation,
-    parse_genotype, save_genotype,
+    GENOTYPES,
+    MOBILE_PRIMITIVES,
+    OPERATION_COLORS,
+    PRIMITIVES,
+    Cell,
+    FactorizedReduce,
+    Genotype,
+    InputError,
+    Network,
+    auxiliary_head,
+    count_flops,
+    count_parameters,
+    draw_cell,
+    drop_path,
+    load_genotype,
+    operation,
+    parse_genotype,
+    save_genotype,
 )
 
 
@@ -79,8 +95,143 @@ def test_genotype_round_trips(name, tmp_path):
 
 def test_genotype_without_field_names_and_of_another_size():
     normal, reduce = [("sep_conv_3x3", 1), ("skip_connect", 0)], [("max_pool_3x3", 0), ("avg_pool_3x3", 1)]
-    text = f"Genotype({normal}, range(2, 3), {reduce}, [1, 2])"
-    assert parse_genotype(text) == Genotype(normal, [2], reduce, [1, 2])
+    text = f"Genotype({normal}, [0, 1, 2], {reduce}, range(2, 3))"
+    assert parse_genotype(text) == Genotype(normal, [0, 1, 2], reduce, [2])
+
+
+V1, V2, P = (GENOTYPES[name] for name in ("DARTS_V1", "DARTS_V2", "PDARTS"))
+
+# What stands before DARTS_V1 in quark0's genotypes.py: a name that is no genotype, and NASNet's operations
+HEAD = """from collections import namedtuple
+
+Genotype = namedtuple('Genotype', 'normal normal_concat reduce reduce_concat')
+
+PRIMITIVES = [
+    'none',
+    'max_pool_3x3'
+]
+
+NASNet = Genotype(
+  normal = [
+    ('sep_conv_5x5', 1),
+    ('conv_7x1_1x7', 0),
+  ],
+  normal_concat = [2, 3, 4, 5, 6],
+  reduce = [
+    ('sep_conv_5x5', 1),
+    ('conv_7x1_1x7', 0),
+  ],
+  reduce_concat = [4, 5, 6],
+)
+
+"""
+
+
+def by_node(edges):
+    """The operations as khanrc/pt.darts nests them: a list for each node."""
+    return [edges[i : i + 2] for i in range(0, len(edges), 2)]
+
+
+NESTED = f"Genotype(normal={by_node(V2.normal)}, normal_concat=range(2, 6), " + (
+    f"reduce={by_node(V2.reduce)}, reduce_concat=range(2, 6))"
+)
+JSON = json.dumps(V2._asdict(), indent=1)
+AS_PEOPLE_HAVE_THEM = {  # all of them mean DARTS_V2
+    "the text alone": f"{V2}",
+    "lines around it": f"\n\n{V2}\n",
+    "a name": f"DARTS_V2 = {V2}",
+    "an alias below": f"DARTS_V2 = {V2}\n\nDARTS = DARTS_V2\n",
+    "a line of a log": f"2018-12-01 10:00:00,123 genotype = {V2}",
+    "a log": f"10:00 param size = 1.93MB\n10:01 genotype = {V2}\n10:01 train 000 2.31e+00 (best) 12.5\n",
+    "a sentence": f"The best cell (of 4 seeds) is {V2}, which has (2, 3) skips.",
+    "a cut log": f"genotype = {V2}\ngenotype = {str(V1)[:200]}",
+    "the same twice": f"a = {V2}\nb = {V2}\n",
+    "broken into lines": str(V2).replace(", ", ",\n    "),
+    "nested by node": NESTED,
+    "nested by node in a log": f"06/30 07:31:16 PM | genotype = {NESTED}",
+    "our JSON": JSON,
+    "JSON in a line": json.dumps(V2._asdict()) + "\n\n",
+    "JSON nested by node": json.dumps(V2._replace(normal=by_node(V2.normal))._asdict()),
+    "JSON of a script's text": json.dumps({"epoch": 3, "genotype": str(V2)}),
+}
+
+
+@pytest.mark.parametrize("text", AS_PEOPLE_HAVE_THEM.values(), ids=list(AS_PEOPLE_HAVE_THEM))
+def test_genotypes_as_people_have_them(text, tmp_path, capsys):
+    assert parse_genotype(text) == V2
+    for encoding in ("utf-8", "utf-8-sig"):  # with a byte order mark, as Windows saves it
+        (tmp_path / "cell.txt").write_text(text, encoding=encoding)
+        found = load_genotype(tmp_path / "cell.txt")
+        assert found == V2 and type(found) is Genotype
+        assert all(type(edge) is tuple for edge in found.normal + found.reduce)
+    assert capsys.readouterr().out == ""
+
+
+SEVERAL = {
+    "genotypes.py": HEAD + f"DARTS_V1 = {V1}\nDARTS_V2 = {V2}\n\nDARTS = DARTS_V2\n",
+    "a log": "".join(f"2018-12-01 1{i}:00:00,123 genotype = {g}\n" for i, g in enumerate((V1, P, V1, V2))),
+    "nested and not": f"{V1}\n{NESTED}",
+}
+
+
+@pytest.mark.parametrize("text", SEVERAL.values(), ids=list(SEVERAL))
+def test_of_several_genotypes_the_last_is_meant_and_that_is_said(text, capsys):
+    assert parse_genotype(text) == V2
+    said = capsys.readouterr().out
+    assert said.startswith("note: ") and "last" in said and said.count("\n") == 1
+
+
+def test_only_the_last_of_several_must_be_good():
+    assert parse_genotype(f"{V1._replace(normal=[])}\n{V2}") == V2
+    with pytest.raises(InputError):
+        parse_genotype(f"{V2}\n{V1._replace(normal=[])}")
+
+
+def test_layers_of_the_mobile_space_round_trip(tmp_path):
+    layers = [*MOBILE_PRIMITIVES, "skip_connect"]
+    save_genotype(layers, tmp_path / "layers.json")
+    assert json.loads((tmp_path / "layers.json").read_text()) == layers
+    assert load_genotype(tmp_path / "layers.json", "mobilenet") == layers
+    assert parse_genotype(f" {layers}\n", "mobilenet") == layers
+    bad = ["", "[]", "3", "skip_connect", "['skip_connect', 'sep_conv_3x3']", "[['skip_connect']]", str(V2)]
+    for text in [*bad, "{'skip_connect': 1}", "[__import__('os')]", "[" * 100_000, "DARTS_V2"]:
+        with pytest.raises(InputError, match="mbconv3_3x3"):
+            parse_genotype(text, "mobilenet")
+    with pytest.raises(InputError):
+        load_genotype("DARTS_V2", "mobilenet")  # a genotype of cells, and no file
+
+
+CODE = [  # would leave a folder behind
+    "__import__('os').mkdir('trap')",
+    "(lambda: __import__('os').mkdir('trap'))()",
+    "range(__import__('os').mkdir('trap'))",
+    "[x for x in [__import__('os').mkdir('trap')]]",
+    "exec(\"import os; os.mkdir('trap')\")",
+    "open('trap', 'w')",
+]
+
+
+@pytest.mark.parametrize("code", CODE)
+def test_code_in_a_genotype_is_not_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = str(V2)
+    texts = [
+        f"import os\nos.mkdir('trap')\nx = {good}",
+        f"{code}\nx = {good}",
+        f"Genotype({code})",
+        good.replace("[2, 3, 4, 5]", code, 1),
+        good.replace("[2, 3, 4, 5]", f"[2, {code}]"),
+        good.replace("('max_pool_3x3', 0)", f"('max_pool_3x3', {code})", 1),
+    ]
+    for i, text in enumerate(texts):
+        if i < 2:
+            assert parse_genotype(text) == V2  # the code beside it is text
+        else:
+            with pytest.raises(InputError):
+                parse_genotype(text)
+        with pytest.raises(InputError):
+            parse_genotype(text, "mobilenet")
+    assert not list(tmp_path.iterdir())
 
 
 GOOD = str(GENOTYPES["DARTS_V1"])
@@ -116,6 +267,11 @@ BAD_GENOTYPES = {
     "field missing": GOOD.replace("reduce_concat", "concat"),
     "field twice": GOOD.replace("reduce_concat", "normal_concat"),
     "empty concat": concat("[]"),
+    "an input in reduce_concat": str(V1._replace(reduce_concat=[1, 2, 3])),
+    "the older input in reduce_concat": str(V1._replace(reduce_concat=[0, 5])),
+    "negative concat": str(V1._replace(normal_concat=[-1])),
+    "cut nested by node": NESTED[:300],
+    "three edges of a node": f"Genotype({[[('skip_connect', 0)] * 3]}, [2], {[[('skip_connect', 0)] * 2]}, [2])",
     "concat past the end": concat("range(2, 7)"),
     "endless concat": concat("range(2, 1000000000000000000)"),
     "concat a number": concat("5"),
@@ -207,37 +363,25 @@ def test_unknown_operations_are_refused(name):
         operation(name, 4, 1)
 
 
-@pytest.mark.parametrize("size", [(7, 7), (5, 8), (1, 1)], ids=str)
-def test_factorized_reduce_pads_odd_sizes_with_zeros(size):
+@pytest.mark.parametrize("size", [(8, 6), (7, 7), (5, 8), (8, 5), (1, 1)], ids=str)
+def test_factorized_reduce_equals_its_definition(size, monkeypatch):
+    """Two convolutions, of the pixels and of those one down and to the right; zeros make an odd size even."""
+    pad, calls = F.pad, []
+    monkeypatch.setattr(common.F, "pad", lambda *args: calls.append(args) or pad(*args))
     reduce = evaluating(FactorizedReduce(5, 8))
     x = torch.randn(3, 5, *size)
+    before, ours = x.clone(), reduce(x)
+    assert torch.equal(x, before)
+    assert len(calls) == (1 if size[0] % 2 or size[1] % 2 else 0)  # to pad by nothing would copy
+
     H, W = (math.ceil(side / 2) for side in size)
-    padded = F.pad(x, (0, 2 * W - size[1], 0, 2 * H - size[0]))
-    assert reduce(x).shape == (3, 8, H, W)
-    torch.testing.assert_close(reduce(x), reduce(padded))
-
-
-@pytest.mark.parametrize("size", [(8, 8), (9, 9), (7, 12), (5, 6), (1, 1)], ids=str)
-@pytest.mark.parametrize("stride, dilation", [(1, 1), (1, 2), (2, 1), (2, 2)])
-@pytest.mark.parametrize("k", [3, 5])
-def test_depthwise_convolution_equals_the_plain_one(k, stride, dilation, size):
-    ours = DepthwiseConv(6, k, stride, dilation).double()
-    x = torch.randn(2, 6, *size, dtype=torch.float64, requires_grad=True)
-    outs = ours(x), F.conv2d(x, ours.weight, None, stride, k // 2 * dilation, dilation, 6)
-    torch.testing.assert_close(*outs)
-    upstream = torch.randn_like(outs[1])
-    mine, plain = (torch.autograd.grad(out, (x, ours.weight), upstream) for out in outs)
-    torch.testing.assert_close(mine, plain)
-    ours.weight.requires_grad_(False)  # nothing is computed that nobody asked for
-    torch.testing.assert_close(torch.autograd.grad(ours(x), x, upstream)[0], plain[0])
-
-
-def test_depthwise_convolution_learns_under_autocast_of_the_cpu():
-    conv, x = DepthwiseConv(4, 5, dilation=2), torch.randn(2, 4, 8, 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = conv(x)
-    out.square().sum().backward()
-    assert out.dtype == torch.bfloat16 and conv.weight.grad.dtype == torch.float32
+    padded = torch.zeros(3, 5, 2 * H, 2 * W)
+    padded[:, :, : size[0], : size[1]] = x.relu()
+    pair = [padded[:, :, i::2, i::2] for i in (0, 1)]
+    weights = [conv.weight[:, :, 0, 0] for conv in parts(reduce, nn.Conv2d)]
+    want = torch.cat([torch.einsum("oc,bchw->bohw", w, half) for w, half in zip(weights, pair)], 1)
+    torch.testing.assert_close(ours, parts(reduce, nn.BatchNorm2d)[0](want))
+    assert ours.shape == (3, 8, H, W)
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
@@ -249,6 +393,21 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
         torch.testing.assert_close(out[kept[:, 0]], x[kept[:, 0]] / (1 - prob))
         share = kept[:, 0].float().mean().item()
         assert abs(share - (1 - prob)) < 5 * math.sqrt(prob * (1 - prob) / len(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_drop_path_keeps_the_type(dtype):
+    """A mask of float32 would make all that follows float32 under autocast."""
+    x = torch.ones(64, 2, 3, 3, dtype=dtype)
+    out = drop_path(x, 0.5)
+    assert out.dtype == dtype and out.unique().tolist() == [0, 2]
+
+
+def test_a_cell_that_drops_paths_stays_in_bfloat16_under_autocast():
+    cell = Cell(MIXED, 4, 4, 4, reduction=False, halved=False)
+    x = torch.randn(2, 4, 8, 8, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cell(x, x, 0.5).dtype == cell(x, x).dtype == torch.bfloat16
 
 
 # -----------------------------------------------------------------------------
@@ -306,6 +465,16 @@ def test_network_outputs(name, size):
     assert all(p.grad is not None for p in net.parameters())
     assert net.eval()(x).shape == (2, 7)
     assert Network(GENOTYPES[name], num_classes=7, channels=4, layers=3)(x).shape == (2, 7)
+
+
+@pytest.mark.filterwarnings("ignore")  # tracing has a successor, and sees a size as a constant
+@pytest.mark.parametrize("stem, size", [("cifar", 32), ("cifar", 31), ("imagenet", 64)])
+def test_networks_can_be_traced(stem, size):
+    net = evaluating(Network(GENOTYPES["DARTS_V2"], 5, channels=4, layers=3, auxiliary=True, stem=stem))
+    with torch.no_grad():
+        traced = torch.jit.trace(net, torch.randn(2, 3, size, size))
+        x = torch.randn(3, 3, size, size)
+        torch.testing.assert_close(traced(x), net(x))
 
 
 def outputs_of(modules):

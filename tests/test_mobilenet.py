@@ -90,7 +90,7 @@ def test_skip_is_a_candidate_only_where_nothing_changes():
         assert list(layer.nodes[0]) == [f"{name}_0" for name in OPS[: 7 - (i in NO_SKIP)]]
         assert (net.A[i] == 0).all(0).tolist() == [False] * 6 + [i in NO_SKIP]
     assert net.A.shape == (21, 7, 7) and net.A.min() >= 0 and net.A.max() <= 1
-    alphas = dha.ista(net.A.expand(200, 21, 7, 7), 0.3 * torch.randn(200, 21, 7), 1e-5)
+    alphas = dha.ista(net.A.expand(60, 21, 7, 7), 0.3 * torch.randn(60, 21, 7), 1e-5)
     found = [dha.select_support(alpha, [1] * 21, 1, OPS) for alpha in [*alphas, torch.zeros(21, 7)]]
     skips = {i for support in found for i in range(21) if support[i] == [("skip_connect", 0)]}
     assert skips and not skips & set(NO_SKIP)
