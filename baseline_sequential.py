@@ -251,19 +251,22 @@ class WideBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__()
+        self.stride = stride
         self.bn1 = nn.BatchNorm2d(c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
         self.shortcut = None
         if c_in != c_out or stride > 1:
-            self.shortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+            self.shortcut = nn.Conv2d(c_in, c_out, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         relu = F.relu(self.bn1(x))
         out = self.conv1(relu)
         out = self.conv2(F.relu(self.bn2(out)))
-        return out + (x if self.shortcut is None else self.shortcut(relu))
+        if self.shortcut is None:
+            return out + x
+        return out + self.shortcut(relu[:, :, :: self.stride, :: self.stride])
 
 
 class WideResNet(nn.Module):
@@ -765,9 +768,9 @@ def main(argv: list[str]) -> None:
         if args.compare:
             print(compare(args.compare))
         elif args.evaluate:  # by the program that trained the network, in the folder of the last stage
-            name, command = list(stages(args).items())[-1]
+            name, command = list(stages(args, checking=True).items())[-1]
             folder = str(Path(args.evaluate) / name)
-            subprocess.run([sys.executable, command[0], *argv, "--evaluate", folder], check=True)
+            subprocess.run([sys.executable, *command, "--evaluate", folder], check=True)
         else:
             run_baseline(args, device_of(args.gpu))
     except (InputError, OSError, torch.cuda.OutOfMemoryError) as error:  # all else keeps its traceback

@@ -665,16 +665,19 @@ class FactorizedReduce(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, affine: bool = True):
         super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out // 2, 1, stride=2, bias=False)
-        self.conv2 = nn.Conv2d(c_in, c_out // 2, 1, stride=2, bias=False)
+        self.conv1 = nn.Conv2d(c_in, c_out // 2, 1, bias=False)
+        self.conv2 = nn.Conv2d(c_in, c_out // 2, 1, bias=False)
         self.bn = nn.BatchNorm2d(c_out, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
         H, W = x.shape[2:]
         if H % 2 or W % 2:  # so that both halves have one size
             x = F.pad(x, (0, W % 2, 0, H % 2))
-        x = F.relu(x)
-        return self.bn(torch.cat([self.conv1(x), self.conv2(x[:, :, 1:, 1:])], 1))
+
+        # The stride comes first: 1x1 convolutions with stride 2 corrupt memory on some CPUs (torch 2.14, few channels)
+        even = F.relu(x[:, :, ::2, ::2])
+        odd = F.relu(x[:, :, 1::2, 1::2])
+        return self.bn(torch.cat([self.conv1(even), self.conv2(odd)], 1))
 
 
 def operation(name: str, channels: int, stride: int, affine: bool = True) -> nn.Sequential:

@@ -381,7 +381,7 @@ class DartsSupernet(nn.Module):
         return [self.alphas_normal, self.alphas_reduce]
 
     def genotype(self) -> Genotype:
-        """Alg. 1, line 16: an edge's operation is its strongest but "none" [P].
+        """Alg. 1, line 16: an edge's operation is its strongest [P], "none" aside [A: DARTS].
 
         Of a node's edges the two with the strongest operations stay [A: DARTS].
         """
