@@ -2,31 +2,31 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.4", "torchvision>=0.19", "numpy", "pillow", "tqdm", "matplotlib", "scipy"]
 # ///
-"""The baselines of both papers: the same parts one after the other, as stages that hand files to each other.
+"""The baselines of both papers: the same parts one after the other, as runs that hand files to each other.
 
     python baseline_sequential.py --method faa-darts --preset quick              # 3 minutes on a laptop
-    python baseline_sequential.py --method dha --dataset cifar10 --gpu 0         # the papers' size
+    python baseline_sequential.py --method dha --dataset cifar10 --gpu 0         # the paper's size
     python baseline_sequential.py --resume --out runs/baseline_sequential-cifar10-seed0
     python baseline_sequential.py --compare runs/*                               # a table of runs of any script
 
-Every stage but one is a call of joint_darts_faa.py or dha.py, so that both sides of a comparison run the same code:
+Every part but one is a run of joint_darts_faa.py or dha.py, so that both sides of a comparison share their code:
 
     faa-darts   1. Faster AutoAugment (here): policy.json      2. joint_darts_faa.py --policy policy.json
     darts       1. joint_darts_faa.py --policy none
-    dha         1. dha.py --no-da --no-hpo, search only: genotype.json      2. dha.py --genotype genotype.json
+    dha         1. dha.py --no-da --no-hpo --train-epochs 0: genotype.json      2. dha.py --genotype genotype.json
 
 faa-darts and darts are the baselines of Kashima et al. (https://arxiv.org/abs/2012.09407), dha is the "Sequential
-DHA" of Zhou et al. (https://arxiv.org/abs/2109.05765). Flags that --help does not list go to the called stages.
+DHA" of Zhou et al. (https://arxiv.org/abs/2109.05765). Flags that --help does not list are passed on to these runs.
 
-Faster AutoAugment is Hataya et al., ECCV 2020, https://arxiv.org/abs/1911.06987. A critic and a classifier share a
-WideResNet-40-2; the policy (z, p, mu) and Eqs. (1) to (3) are Kashima et al.'s. One iteration, on the two halves of
-a batch:
+Faster AutoAugment is Hataya et al., ECCV 2020, https://arxiv.org/abs/1911.06987. A WideResNet-40-2 with two heads, a
+critic and a classifier, judges the policy. z (logit of an operation's selection), p (probability that it is then
+applied), mu (its magnitude) and Eqs. (1) to (3) are Kashima et al.'s. One iteration, on the two halves of a batch:
 
-    1. the policy augments the second half: in each stage the weighted sum of all 16 operations    Eqs. (1) to (3)
-    2. move the critic, to be large on the first half, which is real, and small on the second      WGAN-GP
-       move the classifier, to put the first half where its labels say
-    3. augment the second half anew, and move the policy by the gradients of this: the critic should
-       take the images for real, and the classifier should put them where their labels say
+    1. augment the second half: each stage of the policy is the weighted sum of 16 operations    Eqs. (1) to (3)
+    2. move the network: its critic to score real images (the first half) high and augmented     WGAN-GP
+       ones low, its classifier to classify the first half correctly
+    3. augment the second half anew, and move the policy: the critic should score it high, and
+       the classifier classify it correctly
 """
 
 import argparse
@@ -53,17 +53,16 @@ import common
 from common import InputError
 
 if __name__ == "__main__":
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's may be missing here, and files need none
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's backend may be missing here
 try:
     from matplotlib.figure import Figure
 except (ImportError, ValueError):
     Figure = None  # no figures
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Settings. [P]: a paper says so. [A]: its authors' code, or the named code. [C]: our choice, because neither says.
+# Settings. [P]: Kashima et al. [A]: Faster AutoAugment's public code. [C]: our choice, because neither says.
 # ---------------------------------------------------------------------------------------------------------------------
 
-ETA = 0.05  # temperature of the selection [A: Faster AutoAugment]
 
 PRESETS = {
     "paper": {},  # the defaults of the flags
@@ -72,8 +71,8 @@ PRESETS = {
 }
 
 
-class StageParser(argparse.ArgumentParser):
-    """Keeps the flags that it does not know, for the stages, in `rest`; without any a resumed run has those it had."""
+class RunParser(argparse.ArgumentParser):
+    """Keeps flags that it does not know in `rest`, for the runs. Without any, --resume keeps the saved ones."""
 
     def parse_args(
         self, args: list[str] | None = None, namespace: argparse.Namespace | None = None
@@ -85,7 +84,7 @@ class StageParser(argparse.ArgumentParser):
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     summary = __doc__.split("\n")[0] + " [P] paper, [A] public code, [C] our choice."
-    parser = StageParser(
+    parser = RunParser(
         usage="%(prog)s --method METHOD [flags]",
         description=summary,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -93,7 +92,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
 
     add = parser.add_argument_group("what to run, on what").add_argument
-    add("--preset", choices=["paper", "quick", "imagenet"], default="paper", help="other flags win")
+    add("--preset", choices=["paper", "quick", "imagenet"], default="paper", help="sets the flags that are not given")
     add("--dataset", choices=common.DATASETS, default="cifar10", help="data set")
     add("--data-dir", type=os.path.expanduser, default="data", help="where data sets are, or are downloaded to")
     add("--image-size", type=at_least(8), help="scale to this side; None: 224 for photographs, else as they are")
@@ -108,12 +107,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--evaluate", type=os.path.expanduser, metavar="DIR", help="print a finished run's test accuracy, and stop")
     add("--check", action="store_true", help="check flags and data, and stop")
 
-    add = parser.add_argument_group("stages, whose own flags can be given too").add_argument
+    add = parser.add_argument_group("the baseline; flags of its runs can be given too").add_argument
     add("--method", choices=["faa-darts", "darts", "dha"], help="which baseline")
     add("--compare", metavar="DIR", nargs="+", help="print a table of finished runs of any script, and stop")
-    add("--processes", type=at_least(1), default=1, help="run the called stages under torchrun, with so many processes")
+    add("--processes", type=at_least(1), default=1, help="start the runs under torchrun, with so many processes")
 
-    add = parser.add_argument_group("Faster AutoAugment (stage 1 of faa-darts)").add_argument
+    add = parser.add_argument_group("Faster AutoAugment (the first part of faa-darts)").add_argument
     add("--faa-epochs", type=at_least(1), default=20, help="epochs of policy search [P]")
     add("--faa-images", type=at_least(4), default=4000, help="training images that it sees [A]")
     add("--faa-batch-size", type=at_least(4), default=128, help="images per step, half of them augmented [A]")
@@ -127,7 +126,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--depth", type=at_least(10), default=40, help="layers of the WideResNet, 6 n + 4 [P]")
     add("--width", type=at_least(1), default=2, help="its width [P]")
 
-    # The preset stands below the flags that are given; --compare wants none
+    # --compare needs no settings; else the preset replaces defaults
     given = parser.parse_args(argv)
     if given.compare:
         return given
@@ -142,9 +141,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if args.method == "dha":
         handed.append("--genotype")
     if any(word.split("=")[0] in handed for word in args.rest):
-        parser.error(f"not for this baseline, whose stages hand over what they found: {', '.join(handed)}")
+        parser.error(f"not for this baseline, whose runs hand over what they found: {', '.join(handed)}")
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        parser.error("start this without torchrun: --processes N runs the stages under it")
+        parser.error("start this without torchrun: --processes N starts its runs under it")
     return args
 
 
@@ -161,7 +160,7 @@ def at_least(low: float, below: float = math.inf):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The policy. AUGMENTATIONS, its 16 operations, stand at the end.
+# The policy. Its 16 operations (AUGMENTATIONS, SIGNED) and their helpers (per_image, into_range) are at the end.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -178,10 +177,10 @@ def relaxed_bernoulli(p: Tensor, temperature: float = 0.1) -> Tensor:
 class Policy(nn.Module):
     """An augmentation policy, differentiable: images (B, 3, H, W) float in [0, 1] to the same.
 
-    z, p, mu: (L, K, 16) each, so 3 * 16 * K * L parameters: for every sub-policy, stage and operation the logit
-    of its selection, the probability that it is applied and its magnitude in [0, 1], all from U(0, 1) at the
-    start [A]. Every image draws a sub-policy of its own (the reference gives a whole chunk of a batch one [C]),
-    and for every operation in SIGNED the sign of its magnitude. eta: temperature of the selection.
+    z, p, mu: (L, K, 16) each, so 3 * 16 * K * L parameters: for every sub-policy, stage and operation the logit of its
+    selection, the probability that it is applied and its magnitude in [0, 1]; all from U(0, 1) at the start [A: Faster
+    AutoAugment]. eta: temperature of the selection [A]. Every image draws its own sub-policy [C] (Faster AutoAugment: one
+    for a chunk of the batch), and a sign for the magnitude of every operation in SIGNED.
     """
 
     def __init__(self, sub_policies: int = 10, stages: int = 2, eta: float = 0.05):
@@ -195,30 +194,30 @@ class Policy(nn.Module):
         self.register_buffer("signed", signed, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        L = len(self.z)
+        L, K, _ = self.z.shape
         which = torch.randint(L, (len(images),), device=images.device)  # a sub-policy for every image
-        weights = (self.z[which] / self.eta).softmax(2)  # Eq. (3), (B, K, 16)
+        weights = (self.z[which] / self.eta).softmax(2)  # sigma_eta(z) of Eqs. (2) and (3), (B, K, 16)
         masks = relaxed_bernoulli(self.p[which])  # of Eq. (1), (B, K, 16)
-        signs = 1 - 2 * self.signed * torch.randint(2, masks.shape, device=images.device)
+        signs = 1 - 2 * self.signed * torch.randint(2, masks.shape, device=images.device)  # 1 or -1 for SIGNED, else 1
         magnitudes = self.mu[which] * signs  # (B, K, 16)
 
-        for stage_weights, stage_masks, stage_magnitudes in zip(
-            weights.unbind(1), masks.unbind(1), magnitudes.unbind(1)
-        ):
-            weight = stage_weights.unbind(1)  # (B,) for each operation
-            mask = stage_masks.unbind(1)
-            magnitude = stage_magnitudes.unbind(1)
+        # [k][n]: (B,). Unbound at once, because this is cheaper to differentiate than indexing
+        weights = [stage.unbind(1) for stage in weights.unbind(1)]
+        masks = [stage.unbind(1) for stage in masks.unbind(1)]
+        magnitudes = [stage.unbind(1) for stage in magnitudes.unbind(1)]
 
+        for k in range(K):
             mixed = torch.zeros_like(images)
             for n, operation in enumerate(AUGMENTATIONS.values()):
-                maybe = torch.lerp(images, operation(images, magnitude[n]), per_image(mask[n]))  # Eq. (1)
-                mixed = mixed + per_image(weight[n]) * maybe  # Eq. (2)
-            images = into_range(mixed)
+                changed = operation(images, magnitudes[k][n])
+                maybe = torch.lerp(images, changed, per_image(masks[k][n]))  # Eq. (1)
+                mixed = mixed + per_image(weights[k][n]) * maybe  # Eq. (2)
+            images = into_range(mixed)  # rounding only
         return images
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """p and mu back into [0, 1], after an optimizer's step [C]."""
+        """p and mu back into [0, 1], after a step [C]. A p that reaches 0 or 1 stays there: its gradient is 0."""
         self.p.clamp_(0, 1)
         self.mu.clamp_(0, 1)
 
@@ -244,9 +243,9 @@ class Policy(nn.Module):
 
 
 class WideBlock(nn.Module):
-    """Batch norm, ReLU and a 3x3 convolution, twice; around them the identity.
+    """Pre-activation residual block: batch norm, ReLU and a 3x3 convolution, twice, and the shortcut.
 
-    Where sizes change, a 1x1 convolution stands for the identity [C].
+    The shortcut is the identity, or a 1x1 convolution where sizes change [C].
     """
 
     def __init__(self, c_in: int, c_out: int, stride: int):
@@ -266,7 +265,7 @@ class WideBlock(nn.Module):
         out = self.conv2(F.relu(self.bn2(out)))
         if self.shortcut is None:
             return out + x
-        return out + self.shortcut(relu[:, :, :: self.stride, :: self.stride])
+        return out + self.shortcut(relu[:, :, :: self.stride, :: self.stride])  # as common.FactorizedReduce
 
 
 class WideResNet(nn.Module):
@@ -306,9 +305,10 @@ class WideResNet(nn.Module):
 def gradient_penalty(critic: Callable, real: Tensor, augmented: Tensor, share: Tensor) -> Tensor:
     """WGAN-GP's penalty (Gulrajani et al.): the mean of (|d critic / d x| - 1)^2, at x between real and augmented.
 
-    real, augmented: (B, 3, H, W), constants; share: (B,) in [0, 1], of the real image in x; critic: images to
-    values (B,). The norm is that of an image's whole gradient [C]; the authors take one per pixel. Differentiable
-    in the critic's parameters.
+    x is share * real + (1 - share) * augmented, (B, 3, H, W); share: (B,) in [0, 1]; critic: images to values (B,).
+    Differentiable in the critic's parameters. The norm is over a whole image, as Gulrajani et al. have it [C]; Faster
+    AutoAugment's code takes one per pixel. Batch norm links the images: a gradient has an image's effect on the others'
+    values, too.
     """
     share = share.view(-1, 1, 1, 1)
     x = (share * real + (1 - share) * augmented).detach().requires_grad_(True)
@@ -322,7 +322,7 @@ class PolicySearch:
     def __init__(self, args: argparse.Namespace, data: common.Data, device: torch.device):
         self.net = WideResNet(len(data.classes), args.depth, args.width)
         self.net.to(device, memory_format=torch.channels_last)
-        self.policy = Policy(args.sub_policies, args.stages, ETA).to(device)
+        self.policy = Policy(args.sub_policies, args.stages).to(device)
         self.net_optimizer = torch.optim.Adam(self.net.parameters(), args.faa_lr, betas=(0.0, 0.999))
         self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), args.policy_lr, betas=(0.0, 0.999))
         self.parts = {  # for the checkpoint
@@ -348,10 +348,10 @@ class PolicySearch:
 
 
 def critic_step(s: PolicySearch, real: Tensor, labels: Tensor, source: Tensor, args: argparse.Namespace) -> Tensor:
-    """Move critic and classifier: tell `real` from the augmented `source`, and put `real` where its labels say.
+    """Move critic and classifier: score `real` above the augmented `source`, and classify `real`.
 
-    real, source: float (B, 3, H, W) in [0, 1]. Returns the Wasserstein distance as the critic sees it, the
-    penalty, the classifier's loss and its accuracy in %, (4,).
+    real, source: float (B, 3, H, W) in [0, 1]. Returns critic(real) - critic(augmented), the penalty, the
+    classification loss and the accuracy in %: (4,).
     """
     s.net.requires_grad_(True)
     real = common.normalize(real, s.mean, s.std)
@@ -374,10 +374,10 @@ def critic_step(s: PolicySearch, real: Tensor, labels: Tensor, source: Tensor, a
 
 
 def policy_step(s: PolicySearch, images: Tensor, labels: Tensor, args: argparse.Namespace) -> Tensor:
-    """Move z, p and mu: augmented `images` should look real to the critic, and keep their labels.
+    """Move z, p and mu: the critic should score augmented `images` high, and the classifier classify them.
 
-    images: float (B, 3, H, W) in [0, 1]. Returns the policy's critic loss, its classification loss and the
-    accuracy on augmented images in %, (3,).
+    images: float (B, 3, H, W) in [0, 1]. Returns the policy's critic loss, its classification loss and the accuracy on
+    augmented images in %: (3,).
     """
     s.net.requires_grad_(False)
     logits, value = s.net(s.augmented(images))
@@ -406,16 +406,16 @@ MEASURED = (  # what the two steps return
 def search_policy(
     args: argparse.Namespace, data: common.Data, device: torch.device, directory: "RunDirectory"
 ) -> Policy:
-    """Faster AutoAugment for --faa-epochs epochs on --faa-images of the training images."""
+    """Faster AutoAugment for --faa-epochs epochs on --faa-images training images; goes on after the last checkpoint."""
     torch.manual_seed(args.seed)
     s = PolicySearch(args, data, device)
     history = directory.history  # a record per epoch
     if history:
-        s.load_state_dict(directory.state["policy"])
+        s.load_state_dict(directory.state["search"])
 
     shuffled = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(args.seed)).to(device)
-    few = shuffled[: args.faa_images]
-    batch_size = min(args.faa_batch_size, len(few) // 2 * 2)  # even: half of a batch is augmented
+    chosen = shuffled[: args.faa_images]
+    batch_size = min(args.faa_batch_size, len(chosen) // 2 * 2)  # even: half of a batch is augmented
     for epoch in range(len(history), args.faa_epochs):
         begun = time.time()
         s.net.train()
@@ -423,7 +423,7 @@ def search_policy(
         # One seed per epoch: a resumed run goes on as if it had never stopped
         seed = 100_003 * args.seed + epoch
         torch.manual_seed(1_009 * seed)
-        order = few[common.batches(len(few), batch_size, seed).to(device)]
+        order = chosen[common.batches(len(chosen), batch_size, seed).to(device)]
         batches = common.loader(data.train_images, data.train_labels, order, train=True)
         totals = torch.zeros(len(MEASURED), device=device)
         for images, labels in tqdm(batches, f"policy {epoch + 1}", len(order), leave=False, disable=None):
@@ -445,23 +445,23 @@ def search_policy(
             f"epoch {epoch + 1}  policy  distance {record['distance']:.2f}  penalty {record['penalty']:.2f}  "
             f"real {record['accuracy']:.1f} %  augmented {record['policy_accuracy']:.1f} %"
         )
-        directory.end_epoch(record, time.time() - begun, policy=s.state_dict())
+        directory.end_epoch(record, time.time() - begun, search=s.state_dict())
     return s.policy
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The stages
+# The runs
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def stages(args: argparse.Namespace, checking: bool = False) -> dict[str, list[str]]:
-    """The called stages: the name of each, which is its folder in --out, and its script and flags.
+def commands(args: argparse.Namespace, handed_files: bool = True) -> dict[str, list[str]]:
+    """The runs of the other scripts: folder in --out: script and flags. (Faster AutoAugment runs here, before them.)
 
-    checking: to check the flags, before there are files that one stage hands to the next.
+    handed_files: False to check flags, before there are the files that one run hands to the next.
     """
     here = Path(__file__).parent
     out = Path(args.out)
-    flags = [*args.rest, "--resume"]
+    flags = [*args.rest, "--resume"]  # a run that is finished returns at once
     if args.amp:
         flags.append("--amp")
     for name in ("preset", "dataset", "data_dir", "image_size", "limit_train", "limit_test", "workers", "seed", "gpu"):
@@ -471,50 +471,48 @@ def stages(args: argparse.Namespace, checking: bool = False) -> dict[str, list[s
 
     if args.method == "dha":
         dha = [str(here / "dha.py"), *flags]
-        genotype = [] if checking else ["--genotype", str(out / "search" / "genotype.json")]
+        genotype = ["--genotype", str(out / "search" / "genotype.json")] if handed_files else []
         return {
             "search": [*dha, "--no-da", "--no-hpo", "--train-epochs", "0", "--out", str(out / "search")],
             "train": [*dha, *genotype, "--out", str(out / "train")],
         }
     policy = "none"
-    if args.method == "faa-darts" and not checking:
+    if args.method == "faa-darts" and handed_files:
         policy = str(out / "policy.json")
     return {"darts": [str(here / "joint_darts_faa.py"), *flags, "--policy", policy, "--out", str(out / "darts")]}
 
 
 def run_baseline(args: argparse.Namespace, device: torch.device) -> None:
-    """All stages, one after the other. The run directory --out has a folder for each called one, and what comes out."""
+    """All parts, one after the other. --out has a folder for each run of a script, and copies of the last results."""
     out = Path(args.out)
     if (out / "result.json").exists():
         print(f"{out} is finished already:", (out / "result.json").read_text())
         return
 
-    # A wrong flag of a later stage is found before the first one starts
+    # A wrong flag of a later run is found before the first part starts
     if not (out / "config.json").exists():
-        for command in stages(args, checking=True).values():
+        for command in commands(args, handed_files=False).values():
             subprocess.run([sys.executable, *command, "--check"], check=True)
     if args.check:
         return
 
-    if args.method == "faa-darts":
+    directory = RunDirectory(args, device)
+    if args.method == "faa-darts" and not (out / "policy.json").exists():
         data = common.load_data(
             args.dataset, args.data_dir, args.image_size, args.limit_train, args.limit_test, args.workers, args.seed
         )
-        directory = RunDirectory(args, device)
-        if not (out / "policy.json").exists():
-            policy = search_policy(args, data.to(device), device, directory)
-            draw_search(directory)
-            save(out / "policy.json", policy.table())
-        del data  # the stages want the memory
-    else:
-        directory = RunDirectory(args, device)
+        policy = search_policy(args, data.to(device), device, directory)
+        draw_search(directory)
+        save(out / "policy.json", policy.table())  # handed to joint_darts_faa.py
+        del data, policy
+        torch.cuda.empty_cache()  # the runs are other processes
 
     launch = [sys.executable]
     if args.processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.processes}"]
     results = []
-    for name, command in stages(args).items():
-        print(f"\nstage {name}: {' '.join(command)}", flush=True)
+    for name, command in commands(args).items():
+        print(f"\n{name}: {' '.join(command)}", flush=True)
         subprocess.run([*launch, *command], check=True)
         results.append(json.loads((out / name / "result.json").read_text()))
 
@@ -524,11 +522,12 @@ def run_baseline(args: argparse.Namespace, device: torch.device) -> None:
             if (out / name / file).exists():
                 shutil.copyfile(out / name / file, out / file)
 
-    # What the last stage found, at what all stages cost
+    # What the last run found; costs of all
     methods = {"faa-darts": "Faster AA, then DARTS", "darts": "DARTS", "dha": "Sequential DHA"}
-    result = {**results[-1], "method": methods[args.method], **directory.costs()}
-    for name in directory.costs():
-        result[name] += sum(stage[name] for stage in results)
+    costs = directory.costs()
+    for name in costs:
+        costs[name] += sum(result[name] for result in results)
+    result = {**results[-1], "method": methods[args.method], **costs}
     save(out / "result.json", result)
     print(json.dumps(result, indent=1))
 
@@ -562,7 +561,7 @@ def compare(folders: list[str]) -> str:
     rows = {}  # (data set, method, settings): results
     for folder in sorted({Path(folder).resolve() for folder in folders}):
         if not (folder / "result.json").exists():
-            print(f"note: {folder.name} is no finished run")
+            print(f"note: {folder.name} is not a finished run")
             continue
         try:
             result = json.loads((folder / "result.json").read_text())
@@ -570,7 +569,7 @@ def compare(folders: list[str]) -> str:
             numbers = [float(result[name]) for name in ("params", "search_seconds", "gpu_hours")]
             accuracy = result.get("test_accuracy")
             if result["dataset"] != "folder":
-                args.pop("data_dir", None)  # where it lies says nothing
+                args.pop("data_dir", None)  # its place does not matter
             settings = tuple((name, str(value)) for name, value in sorted(args.items()) if name not in not_settings)
             key = (result["dataset"], result["method"], settings)
         except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -588,7 +587,7 @@ def compare(folders: list[str]) -> str:
     ]
     for (dataset, method, settings), results in sorted(rows.items()):
         others = [set(key[2]) for key in rows if key[:2] == (dataset, method)]
-        shared = set.intersection(*others)
+        shared = set.intersection(*others)  # these are not shown
         differing = [f"{name} {value}" for name, value in settings if (name, value) not in shared]
         accuracies, params, search, hours = zip(*results)
         score = f"{mean(accuracies):.2f}"
@@ -634,7 +633,7 @@ def device_of(gpu: int) -> torch.device:
     return torch.device("cuda", gpu)
 
 
-# Flags that say where a run lies or computes, not what it is: --resume may change them
+# Flags that do not change the result: --resume may change them
 PLACES = ("out", "resume", "gpu", "workers", "data_dir")
 
 
@@ -696,7 +695,7 @@ class RunDirectory:
             except BlockingIOError:
                 raise InputError(f"another process is writing {self.out}") from None
 
-        # How far it got
+        # Load the checkpoint
         if (self.out / "checkpoint.pt").exists():
             try:
                 self.state = torch.load(self.out / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -767,8 +766,8 @@ def main(argv: list[str]) -> None:
         args = parse_args(argv)
         if args.compare:
             print(compare(args.compare))
-        elif args.evaluate:  # by the program that trained the network, in the folder of the last stage
-            name, command = list(stages(args, checking=True).items())[-1]
+        elif args.evaluate:  # by the program that trained the network, in the folder of the last run
+            name, command = list(commands(args, handed_files=False).items())[-1]
             folder = str(Path(args.evaluate) / name)
             subprocess.run([sys.executable, *command, "--evaluate", folder], check=True)
         else:
@@ -776,7 +775,7 @@ def main(argv: list[str]) -> None:
     except (InputError, OSError, torch.cuda.OutOfMemoryError) as error:  # all else keeps its traceback
         print("error:", *str(error).splitlines()[:1], file=sys.stderr)
         sys.exit(2)
-    except subprocess.CalledProcessError as error:  # the stage has said why
+    except subprocess.CalledProcessError as error:  # the run has said why
         sys.exit(max(error.returncode, 1))
     except KeyboardInterrupt:
         sys.exit("\nstopped: the same command with --resume goes on after the last epoch")
@@ -795,7 +794,7 @@ def per_image(values: Tensor) -> Tensor:
 
 
 def into_range(images: Tensor) -> Tensor:
-    """clamp(0, 1), for which pixels that are exactly 0 or 1 are inside (since torch 2.14 they are not for clamp)."""
+    """clamp(0, 1) whose gradient is 1 at exactly 0 and 1, too, where that of torch.clamp is 0 since torch 2.14."""
     near = F.hardtanh(images, -1e-6, 1 + 1e-6)
     return near + (near.clamp(0, 1) - near).detach()
 
@@ -914,7 +913,7 @@ def auto_contrast(images: Tensor, magnitude: Tensor) -> Tensor:
     levels = (images * 255).round().long().clamp(0, 255).flatten(2)  # (B, 3, H W)
     low = levels.amin(2, keepdim=True).double()
     high = levels.amax(2, keepdim=True).double()
-    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # PIL divides; 255.0 / tensor multiplies
+    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # as PIL; torch makes 255.0 / x a product
     every_level = torch.arange(256, device=images.device, dtype=torch.float64)
     stretched = (every_level * scale - low * scale).floor().clamp(0, 255)
     table = torch.where(high > low, stretched, every_level) / 255  # (B, 3, 256): the new value of each level
@@ -934,7 +933,7 @@ def equalize(images: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def sample_pairing(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Mix in up to 0.4 of another image, the next one of the batch, whose order is random anyway [C]."""
+    """Mix in up to 0.4 of the next image of the batch [C]; batches are in random order."""
     return torch.lerp(images, images.roll(-1, 0), 0.4 * per_image(magnitude))
 
 
@@ -953,8 +952,8 @@ def identity_gradient(operation):
 def falling_gradient(operation):
     """The operation, with the gradient -1 for the magnitude.
 
-    Faster AutoAugment's rule is +1 for Solarize's threshold and for the bits that Posterize keeps [A]; both fall as our
-    magnitude rises.
+    Faster AutoAugment's gradient is +1 for Solarize's threshold and Posterize's bits [A]. Both are larger where our
+    magnitude is smaller: hence -1.
     """
 
     def with_gradient(images: Tensor, magnitude: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the three scripts share: data sets, and DARTS' genotypes (names, files, networks, pictures).
+"""What the three scripts share: data sets, and DARTS' cells (their descriptions, "genotypes", networks, pictures).
 
     data = load_data("shapes")                                       # uint8 tensors, nothing to download
     net = Network(GENOTYPES["DARTS_V2"], num_classes=10, channels=36, layers=20)
@@ -11,6 +11,7 @@ into it. Photographs are files that a DataLoader reads. `loader` hides the diffe
 import ast
 import json
 import math
+import operator
 import re
 from collections import namedtuple
 from collections.abc import Iterator, Sequence
@@ -39,7 +40,7 @@ class InputError(ValueError):
 
 PHOTOGRAPHS = ("flowers102", "sport8", "mit67", "imagenet")  # 224 pixels, unless --image-size says otherwise
 DATASETS = ("cifar10", "cifar100", "svhn", *PHOTOGRAPHS, "folder", "shapes")
-SMALL = 64  # images below so many pixels are kept as tensors
+SMALL = 64  # side in pixels: image files that are scaled to less are read once, into a tensor
 WORKER_TIMEOUT = 300  # seconds; a worker that is stuck (a full /dev/shm does that) ends the run
 
 
@@ -67,10 +68,10 @@ def load_data(
     workers: int = 4,
     seed: int = 0,
 ) -> Data:
-    """Load one of DATASETS; torchvision downloads what it can.
+    """Load one of DATASETS, as tensors, or as Photos (files, from 64 pixels on). torchvision downloads what it can.
 
     image_size: side in pixels. None: 224 for photographs, the images' own size for all others.
-    limit_train, limit_test: use only so many images, drawn at random but the same for every seed.
+    limit_train, limit_test: use a random subset of this size, which does not depend on seed.
     workers: processes that read photographs, 0 for none. seed: draws sport8's split, nothing else.
     Raises InputError or OSError where data are missing or damaged.
     """
@@ -169,7 +170,7 @@ def _class_names(root: Path) -> list[str]:
 def _image_folder(root: Path, classes: list[str], lacking: bool = False) -> tuple[list[str], list[int]]:
     """The image files below root/<class>/ and their labels, as torchvision's ImageFolder finds them.
 
-    What begins with a dot is no image, nor holds any. lacking: a class may be without images.
+    Hidden files and folders are ignored. lacking: a class may have no images.
     """
 
     def is_image(path: str) -> bool:
@@ -269,7 +270,7 @@ class Photos(Dataset):
         return len(self.paths)
 
     def __getitem__(self, key: tuple[int, int | None]) -> Tensor:
-        """key: which photograph, and the seed of a random view of it, None for the middle. uint8 (3, S, S)."""
+        """key: (index, seed). With a seed, a random crop and flip; with None the middle. uint8 (3, S, S)."""
         index, seed = key
         image = load_image(self.paths[index])
         if seed is None:
@@ -306,8 +307,10 @@ def _read_all(paths: list[str], size: int | None) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def batches(count: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> Tensor:
+def batches(count: int, batch_size: int, seed: int, rank: int = 0, world: int = 1, independent: bool = False) -> Tensor:
     """One epoch of `count` images in random order: indices (steps, batch_size // world), int64, on the CPU.
+
+    independent: every batch is drawn from all images, whatever the others hold; else no image comes twice.
 
     A batch holds at most all images; an incomplete last one is left out. Process `rank` of `world` gets its
     share of every batch. Raises InputError where a batch cannot be shared evenly, or a share is one image,
@@ -317,8 +320,13 @@ def batches(count: int, batch_size: int, seed: int, rank: int = 0, world: int = 
     if batch_size % world or batch_size // world < 2:
         raise InputError(f"a batch of {batch_size} images: all {world} process(es) must get the same number, 2 or more")
 
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     steps = count // batch_size
+    if independent:
+        generator = np.random.default_rng(seed)
+        order = np.stack([generator.choice(count, batch_size, replace=False) for _ in range(steps)])
+        return torch.from_numpy(order)[:, rank::world]
+
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return order[: steps * batch_size].view(steps, batch_size)[:, rank::world]
 
 
@@ -335,10 +343,10 @@ def loader(
             yield random_crop_flip(images[batch]) if train else images[batch], labels[batch]
         return
 
-    seed = int(torch.randint(2**62, ())) if train else 0
-    keys = []
+    base = int(torch.randint(2**62, ())) if train else 0
+    keys = []  # (index, seed of its random view)
     for batch in order:
-        keys.append([(i, seed + i if train else None) for i in batch.tolist()])
+        keys.append([(i, base + i) if train else (i, None) for i in batch.tolist()])
     reader = DataLoader(
         images,
         batch_sampler=keys,
@@ -350,7 +358,7 @@ def loader(
     try:
         for x, batch in zip(reader, order):
             yield x.to(labels.device, non_blocking=True), labels[batch]
-    except InputError as error:  # one from a worker comes with a traceback as its text; the last line is ours
+    except InputError as error:  # raised in a worker its text is a traceback, whose last line is our message
         raise InputError(str(error).splitlines()[-1].removeprefix("common.InputError: ")) from None
 
 
@@ -405,9 +413,9 @@ SHAPE_CLASSES = ("disk", "ring", "square", "frame", "triangle", "star", "plus", 
 
 
 def shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """One of 10 figures on a cluttered ground; colour, position, scale, rotation, background and noise vary.
+    """Images of one of 10 figures each on a cluttered ground; colour, place, scale, angle and noise vary.
 
-    It takes a network to learn: a linear classifier reaches 26 %, a small convolutional network passes 85 %.
+    Not too easy: a linear classifier reaches 26 %, a small convolutional network over 85 %.
     Returns images uint8 (count, 3, 32, 32) and labels int64 (count,), the same for the same count and seed.
     """
     g = torch.Generator().manual_seed(seed)
@@ -447,7 +455,7 @@ def shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _edge_distance(name: str, x: Tensor, y: Tensor) -> Tensor:
-    """Distance of the points (x, y) from the edge of a figure of about unit radius, negative inside."""
+    """Signed distance of (x, y) to the edge of a figure of about unit radius: negative inside."""
     radius = (x**2 + y**2).sqrt()
 
     def box(cx: float, cy: float, w: float, h: float) -> Tensor:
@@ -571,6 +579,7 @@ def parse_genotype(text: str, space: str = "cells") -> Genotype | list[str]:
     if space == "mobilenet":
         return _parse_layers(text)
 
+    # Genotype(...), with parentheses inside
     found = re.findall(r"Genotype\((?:[^()]|\([^()]*\))*\)", text)
     if len(set(found)) > 1:
         print(f"note: the text holds {len(set(found))} different genotypes; the last one is meant")
@@ -585,13 +594,14 @@ def parse_genotype(text: str, space: str = "cells") -> Genotype | list[str]:
     except Exception as error:  # parsers alone raise five kinds
         raise InputError(f"not a genotype such as Genotype(normal=[...], ...): {type(error).__name__}") from error
 
-    # The inputs of a reduction cell are larger than its nodes: its output cannot hold them
+    # A reduction cell's output cannot hold its inputs, states 0 and 1: they have twice the size
     _check_cell("normal", genotype.normal, genotype.normal_concat, first_state=0)
     _check_cell("reduce", genotype.reduce, genotype.reduce_concat, first_state=2)
     return genotype
 
 
 def _parse_layers(text: str) -> list[str]:
+    """A genotype of the MobileNet space. Nothing in the text is run."""
     try:
         names = ast.literal_eval(text.strip())
         if isinstance(names, list) and names and set(names) <= set(MOBILE_PRIMITIVES):
@@ -617,13 +627,15 @@ def _call_arguments(text: str) -> dict:
 
 
 def _edges(edges: list) -> list[tuple[str, int]]:
+    """[(operation, state), ...], flattened if it is nested node by node."""
     if edges and not isinstance(edges[0][0], str):  # nested node by node
         edges = sum(map(list, edges), [])
     return list(zip([str(operation) for operation, _ in edges], _states([state for _, state in edges])))
 
 
 def _states(states: list) -> list[int]:
-    return [state.__index__() for state in states]  # 0.5 is none
+    """The states as int. Raises TypeError for 0.5."""
+    return [operator.index(state) for state in states]
 
 
 def _check_cell(cell: str, edges: list[tuple[str, int]], concat: list[int], first_state: int) -> None:
@@ -684,7 +696,7 @@ def operation(name: str, channels: int, stride: int, affine: bool = True) -> nn.
     """One of PRIMITIVES[1:] as DARTS defines it: `channels` in and out, the resolution divided by `stride`."""
 
     def separable(stride: int, dilation: int) -> list[nn.Module]:
-        k = int(name[-1])
+        k = int(name[-1])  # sep_conv_3x3: 3
         padding = (k - 1) // 2 * dilation
         depthwise = nn.Conv2d(channels, channels, k, stride, padding, dilation, groups=channels, bias=False)
         return [nn.ReLU(), depthwise, *conv_bn(channels, channels, 1, affine=affine)]
@@ -710,9 +722,10 @@ def drop_path(x: Tensor, prob: float) -> Tensor:
 
 
 def stems(kind: str, channels: int) -> tuple[nn.Module, nn.Module, int, bool]:
-    """What stands before the cells: s0 of images (B, 3, H, W), s1 of s0; their channels; has s0 twice the size of s1?
+    """The layers before the cells: (stem0, stem1, channels, halved).
 
-    kind: "cifar", or "imagenet" for images from 64 pixels on, three convolutions of stride 2: 224 pixels to 28.
+    The first cell reads s0 = stem0(images) and s1 = stem1(s0), both with `channels` channels; halved: s1 has half of
+    s0's height and width. kind: "cifar", or "imagenet" for images from 64 pixels on, three convolutions of stride 2.
     """
     if kind == "cifar":
         return nn.Sequential(*conv_bn(3, 3 * channels, 3)), nn.Identity(), 3 * channels, False
@@ -723,7 +736,7 @@ def stems(kind: str, channels: int) -> tuple[nn.Module, nn.Module, int, bool]:
 
 
 def stem_for(images: Tensor | Photos) -> str:
-    """The kind of stem for these images."""
+    """The kind of stem for these images: "imagenet" from 64 x 64 pixels on."""
     return "imagenet" if images.shape[3] >= SMALL else "cifar"
 
 
@@ -745,8 +758,8 @@ def auxiliary_head(c_in: int, num_classes: int, stem: str = "cifar") -> nn.Seque
 class Cell(nn.Module):
     """One cell of a genotype.
 
-    s0 (B, c_before, H, W), of twice that size if `halved`, and s1 (B, c_in, H, W), the outputs of the two cells
-    before, to (B, channels * len(concat), H, W), or half the size if `reduction`.
+    s0 (B, c_before, H, W) and s1 (B, c_in, H, W), the outputs of the last two cells, to (B, c_out, H, W) with c_out =
+    channels * len(concat). halved: s0 is twice as large as s1. reduction: the output is half as large.
     """
 
     def __init__(self, genotype: Genotype, c_before: int, c_in: int, channels: int, reduction: bool, halved: bool):
@@ -758,7 +771,7 @@ class Cell(nn.Module):
 
         self.preprocess0 = FactorizedReduce(c_before, channels) if halved else relu_conv_bn(c_before, channels)
         self.preprocess1 = relu_conv_bn(c_in, channels)
-        self.states = [state for _, state in edges]
+        self.sources = [state for _, state in edges]
         self.ops = nn.ModuleList()
         for name, state in edges:
             self.ops.append(operation(name, channels, stride=2 if reduction and state < 2 else 1))
@@ -772,14 +785,15 @@ class Cell(nn.Module):
         return torch.cat([states[i] for i in self.concat], 1)
 
     def edge(self, i: int, states: list[Tensor], drop_path_prob: float) -> Tensor:
-        h = self.ops[i](states[self.states[i]])
+        """What edge i makes of its state, with drop path in training; DARTS spares identities."""
+        h = self.ops[i](states[self.sources[i]])
         if self.training and drop_path_prob > 0 and not isinstance(self.ops[i][0], nn.Identity):
             h = drop_path(h, drop_path_prob)
         return h
 
 
 class Network(nn.Module):
-    """The evaluation network of a genotype (DARTS): `layers` cells, reductions at layers//3 and 2*layers//3.
+    """The final network of a genotype: `layers` cells, reductions at layers//3 and 2*layers//3 (DARTS).
 
     Normalised images (B, 3, H, W) to logits (B, num_classes); in training with `auxiliary`, to (logits,
     auxiliary logits). drop_path_prob, in [0, 1), is an attribute that a training loop can raise.
@@ -808,7 +822,9 @@ class Network(nn.Module):
                 channels *= 2
             cell = Cell(genotype, c_before, c_in, channels, reduction, halved)
             self.cells.append(cell)
-            c_before, c_in, halved = c_in, channels * len(cell.concat), reduction
+            c_before = c_in
+            c_in = channels * len(cell.concat)
+            halved = reduction
             if auxiliary and i == self.auxiliary_at:
                 self.auxiliary = auxiliary_head(c_in, num_classes, stem)
         self.classifier = nn.Linear(c_in, num_classes)

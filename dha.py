@@ -11,19 +11,20 @@
 
 Paper: Zhou et al., "DHA: End-to-End Joint Optimization of Data Augmentation Policy, Hyper-parameter and
 Architecture", TMLR 2022, https://arxiv.org/abs/2109.05765; equation numbers are the paper's. Its architecture part is
-the one-stage search of ISTA-NAS (Yang et al., NeurIPS 2020). One network at its final size, one loss, no validation
-split, and nothing is retrained: what the search leaves is a trained network.
+the one-stage search of ISTA-NAS (Yang et al., NeurIPS 2020). There is one network at its final size, one loss and no
+validation split, and nothing is retrained.
 
     theta    weights                          tau     14 x 14 logits: which pair of image operations to apply
-    lr, wd   learning rate, weight decay;     alpha   strength of each candidate operation of the network
-             the paper's eta                  b       short code of alpha: b = A alpha, A random and fixed
-    beta     step sizes of lr and wd
+    lr, wd   learning rate, weight decay;     alpha   strengths of a node's candidates: of each operation on each
+             the paper's eta                          state (the cell's inputs and earlier nodes) that it can read
+    beta     step sizes of lr and wd          b       short code of alpha: b = A alpha, A random and fixed
 
-The support is the two strongest candidates of each node; only they run. What Adam trains is b. One iteration:
+A node's support is what it keeps and runs: the strongest candidate of each state, and of these the two strongest. What
+Adam trains is b. One iteration:
 
     1. draw a pair of image operations for every image from softmax(tau) and apply it
     2. compute the loss of every image, and the gradients
-    3. move lr and wd: would the last step of the weights have been better with others?      Eq. (3)
+    3. move lr and wd: which values would have made the last step of the weights better?    Eq. (3)
     4. move tau towards pairs with a large loss                                             Eq. (2)
     5. move b and theta to lower the mean loss
 
@@ -53,7 +54,7 @@ import common
 from common import FactorizedReduce, Genotype, InputError
 
 if __name__ == "__main__":
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's may be missing here, and files need none
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's backend may be missing here
 try:
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
@@ -61,8 +62,7 @@ except (ImportError, ValueError):
     Figure = None  # no figures
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Settings. [P]: the paper says so. [A]: its authors' code, or the named code. [C]: our choice, because neither
-# says.
+# Settings. [P]: the paper. [A]: public code, the authors' unless named. [C]: our choice, because neither says.
 # ---------------------------------------------------------------------------------------------------------------------
 
 LR_RANGE = (1e-4, 0.1)  # where Eq. (3) may move lr [C]
@@ -71,13 +71,13 @@ MAX_LR_CHANGE = 0.1  # in one step, relative [C]
 MAX_WD_CHANGE = 1e-5  # in one step [C]
 GRAD_CLIP = 5.0  # largest norm of the weights' gradient [A: DARTS]
 LASSO = 1e-5  # lambda of Eq. (4) [A: ISTA-NAS]
-FREEZE_DISTANCE = 1e-3  # a node whose alpha moved no further is frozen [A: ISTA-NAS]
+FREEZE_DISTANCE = 1e-3  # a node whose alpha moved no more than this in an epoch is frozen [A: ISTA-NAS]
 
 PRESETS = {
     "paper": {},  # the defaults of the flags: CIFAR-10
     "quick": dict(
         dataset="shapes", search_epochs=3, train_epochs=4, batch_size=64, channels=8, layers=3, lr=0.05, beta_lr=3e-4,
-        beta_wd=1e-3, tau_lr=0.25, arch_lr=3e-3, b_scale=0.1, drop_path=0.0, auxiliary_weight=0.0, cutout=0,
+        beta_wd=1e-3, tau_lr=0.04, arch_lr=3e-3, b_scale=0.1, drop_path=0.0, auxiliary_weight=0.0, cutout=0,
     ),
     "imagenet": dict(
         dataset="imagenet", train_epochs=250, batch_size=128, channels=48, layers=14, lr=0.1, weight_decay=3e-5,
@@ -95,7 +95,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
 
     add = parser.add_argument_group("what to run, on what").add_argument
-    add("--preset", choices=["paper", "quick", "imagenet"], default="paper", help="other flags win")
+    add("--preset", choices=["paper", "quick", "imagenet"], default="paper", help="sets the flags that are not given")
     add("--dataset", choices=common.DATASETS, default="cifar10", help="data set")
     add("--data-dir", type=os.path.expanduser, default="data", help="where data sets are, or are downloaded to")
     add("--image-size", type=at_least(8), help="scale to this side; None: 224 for photographs, else as they are")
@@ -126,7 +126,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
     add = parser.add_argument_group("policy (Eq. 2), lr and wd (Eq. 3), architecture (Eqs. 1, 4)").add_argument
     add("--no-da", action="store_true", help="no policy: crop, flip and cutout only")
-    add("--tau-lr", type=at_least(0.0), default=5e-4, help="step size of tau [C]")
+    add("--da-weight", choices=["p", "ratio"], default="ratio", help="Eq. (2) as printed [P], or as a ratio [C]")
+    add("--da-entropy", type=at_least(0.0), default=0.3, help="lambda_H, weight of the entropy, with ratio [C]")
+    add("--tau-lr", type=at_least(0.0), default=1e-3, help="step size of tau, for 15,000 steps and more [C]")
     add("--no-hpo", action="store_true", help="wd stays, lr falls by a cosine once the search is over [A: ISTA-NAS]")
     add("--beta-lr", type=at_least(0.0), default=1e-5, help="beta of Eq. (3), for lr [C]")
     add("--beta-wd", type=at_least(0.0), default=1e-5, help="beta of Eq. (3), for wd [C]")
@@ -174,20 +176,20 @@ def at_least(low: float, below: float = math.inf):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The augmentation policy (section 2.1). tau has a logit for every ordered pair of the 14 operations, which
-# stand at the end.
+# The augmentation policy (section 2.1). tau has a logit for every ordered pair of the 14 operations [A], which are
+# AUGMENTATIONS, at the end of the file.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def sample_pairs(tau: Tensor, count: int) -> Tensor:
     """Draw pairs of operations from p(tau), the softmax over all 196: (count,), with values 14 * first + second."""
-    p = tau.detach().flatten().softmax(0).nan_to_num(1.0)  # the epoch's end reports what is not finite
+    p = tau.detach().flatten().softmax(0).nan_to_num(1.0)  # NaN would crash multinomial; the epoch's end reports it
     return torch.multinomial(p, count, replacement=True)
 
 
 @torch.no_grad()
 def apply_pairs(images: Tensor, pairs: Tensor) -> Tensor:
-    """T_k(x_k): each image through its pair, first, then second; magnitudes from U(0, 1), with a random sign [P, A].
+    """T_k(x_k): each image through its pair, first, then second; magnitudes from U(-1, 1) [P, A].
 
     images (B, 3, H, W) in [0, 1], pairs (B,).
     """
@@ -197,15 +199,29 @@ def apply_pairs(images: Tensor, pairs: Tensor) -> Tensor:
     return images
 
 
-def policy_loss(tau: Tensor, pairs: Tensor, losses: Tensor) -> Tensor:
-    """L^DA of Eq. (2), whose gradient goes to tau alone. tau (14, 14), pairs (B,), losses (B,) of the same
-    images.
+def policy_loss(tau: Tensor, pairs: Tensor, losses: Tensor, weight: str = "p", entropy_weight: float = 0.0) -> Tensor:
+    """L^DA of Eq. (2). Its gradient goes to tau alone.
 
-    Lowering it raises the probability of the pairs whose losses, summed over the batch, are above the mean of
-    these sums. A pair that is drawn more often sums more, and gains.
+    tau (14, 14); pairs (B,), drawn from p(tau), and losses (B,) of the same images. Two readings of p_k(tau) as "an
+    importance weight"; l is the mean loss of each pair:
+
+    "p", as printed [P, A]. The pairs are drawn from p already, so that p counts twice: tau climbs B p (p l - sum p^2 l)
+    in the mean. What is drawn more often gains, until one pair has all.
+
+    "ratio" [C]. For draws from p that weight is p(tau) / p(tau held fixed): tau climbs B p (l - sum p l), so that pairs
+    which are harder than the mean gain. The batch's mean loss is subtracted, which takes noise away and keeps the
+    direction. entropy_weight, lambda_H in nats, adds the entropy H of p: the maximum of sum p l + lambda_H H is at
+    p ~ exp(l / lambda_H), where no pair has all.
     """
     p = tau.flatten().softmax(0)
-    return -(p.gather(0, pairs) * losses.detach()).sum()  # Eq. (2)
+    drawn = p.gather(0, pairs)  # p_k(tau), (B,)
+    losses = losses.detach()
+    if weight == "p":
+        return -(drawn * losses).sum()  # Eq. (2)
+
+    ratio = drawn / drawn.detach()
+    entropy = torch.special.entr(p).sum()
+    return -(ratio * (losses - losses.mean())).sum() - entropy_weight * len(pairs) * entropy
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,13 +231,13 @@ def policy_loss(tau: Tensor, pairs: Tensor, losses: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sgd_step(
-    theta: list[Tensor], grads: list[Tensor], velocity: list[Tensor], lr: Tensor, wd: Tensor, mu: float = 0.9
+    theta: list[Tensor], grads: list[Tensor], velocity: list[Tensor], lr: Tensor, wd: Tensor, momentum: float = 0.9
 ) -> None:
-    """OP of section 2.2, in place: v = mu v + g + wd theta, and theta = theta - lr v.
+    """OP of section 2.2, in place: v = momentum v + g + wd theta, and theta = theta - lr v. momentum 0.9 [A].
 
     lr, wd: 0-dim tensors, so that no step waits for the GPU.
     """
-    torch._foreach_mul_(velocity, mu)
+    torch._foreach_mul_(velocity, momentum)
     torch._foreach_add_(velocity, grads)
     torch._foreach_add_(velocity, torch._foreach_mul(theta, wd))
     torch._foreach_sub_(theta, torch._foreach_mul(velocity, lr))
@@ -229,28 +245,31 @@ def sgd_step(
 
 @torch.no_grad()
 def hypergradient(
-    grads: list[Tensor], velocity: list[Tensor], theta: list[Tensor], lr: Tensor | float
+    grads: list[Tensor], velocity: list[Tensor], theta_plus: list[Tensor], lr: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of Eq. (3), (dL/dlr, dL/dwd), for the last sgd_step.
+    """The gradient of Eq. (3), (dL/dlr, dL/dwd), through the last sgd_step.
 
-    theta: the weights that the step left, theta^(t+1) in the paper, theta+ here. grads: dL/dtheta there, before
-    clipping. velocity: the step's v. lr: its rate. The weights and the v before the step count as constant (end of
-    section 2.2). L is the loss of the next batch, whose gradient the next step computes anyway [C]: Eq. (3) costs no
-    second pass (the authors' code pays one).
+    theta_plus: theta^(t+1), the weights that the step left. grads: dL/dtheta there, before clipping. velocity: the
+    step's v. lr: its rate. The weights and the v before the step count as constant (end of section 2.2).
+
+    L is the loss of the next batch, with the b and tau of then, whose gradient the next step computes anyway [C]: Eq.
+    (3) costs no second pass (the authors' code pays one).
     """
     g = torch.cat([tensor.flatten() for tensor in grads])
     v = torch.cat([tensor.flatten() for tensor in velocity])
-    theta_plus = torch.cat([tensor.flatten() for tensor in theta])
+    after = torch.cat([tensor.flatten() for tensor in theta_plus])
+    before = after + lr * v
 
     d_lr = -(g @ v)  # dtheta+/dlr = -v
-    d_wd = -lr * (g @ theta_plus + lr * (g @ v))  # dtheta+/dwd = -lr theta, with theta = theta+ + lr v
+    d_wd = -lr * (g @ before)  # dtheta+/dwd = -lr theta
     return d_lr, d_wd
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Architecture (section 2.3). A node's alpha has up to 35 entries, of which two will matter; b has 7. Sparse
-# coding: of all alphas with A alpha = b, the one with the smallest sum of absolute values is nearly always that
-# with few entries.
+# Architecture (section 2.3). A node of a cell adds up two operations, each of which reads a state: an input of the cell
+# or an earlier node. A candidate is an operation on a state: 7 operations on up to 5 states are up to 35 entries of
+# alpha, of which two will matter. b has 7. Sparse coding: of all alphas with A alpha = b, the one with the smallest
+# sum of absolute values nearly always has few non-zeros.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -264,7 +283,7 @@ def ista(A: Tensor, b: Tensor, lam: float, tolerance: float = 1e-9, rounds: int 
     """Decode: alpha = argmin 1/2 |A alpha - b|^2 + lam |alpha|_1, by iterative shrinkage, Eq. (4).
 
     A (..., m, n) and b (..., m) to alpha (..., n), of b's type and device. Eq. (4) alone is hopeless here: with n >
-    m and lam = 1e-5 its support is still wrong after 1,000 iterations. Three known remedies:
+    m and lam = 1e-5 its non-zeros are still wrong after 1,000 iterations. Three known remedies:
 
     - momentum (FISTA, Beck & Teboulle), given up where it leads uphill (O'Donoghue & Candes);
     - continuation (Hale et al.): lam starts large and is halved every round;
@@ -276,14 +295,15 @@ def ista(A: Tensor, b: Tensor, lam: float, tolerance: float = 1e-9, rounds: int 
     A_cpu = A.double().cpu()
     G = A_cpu.mT @ A_cpu  # A^T A (..., n, n)
     c = (A_cpu.mT @ b.double().cpu().unsqueeze(-1)).squeeze(-1)  # A^T b (..., n)
-    lipschitz = torch.linalg.matrix_norm(G, 2).unsqueeze(-1).clamp(min=1e-30)  # L in Eq. (4) (..., 1)
+    lipschitz = (
+        torch.linalg.matrix_norm(G, 2).unsqueeze(-1).clamp(min=1e-30)
+    )  # L of Eq. (4): a Lipschitz constant (..., 1)
     largest = c.abs().amax(-1, keepdim=True)
     lam_now = (largest / 2).clamp(min=lam)  # continuation: from here down to lam
     alpha = torch.zeros_like(c)
 
     for _ in range(rounds):
-        # Momentum (FISTA, Beck & Teboulle): a step starts ahead of alpha, unless that leads uphill (O'Donoghue
-        # & Candes)
+        # Momentum: a step starts ahead of alpha, unless that leads uphill
         ahead = alpha
         t = torch.ones_like(lipschitz)
         for _ in range(50):
@@ -295,15 +315,15 @@ def ista(A: Tensor, b: Tensor, lam: float, tolerance: float = 1e-9, rounds: int 
             ahead = new + torch.where(uphill, 0.0, (t - 1) / t_new) * (new - alpha)
             alpha, t = new, t_new
 
-        # Jumps; on each of which entries may leave the support
+        # Jumps, each of which may set entries to 0
         for _ in range(3):
             alpha = active_set_step(G, c, lipschitz, lam_now, alpha)
 
-        # KKT: A^T (b - A alpha) is lam sign(alpha) on the support, and within [-lam, lam] off it
+        # KKT: A^T (b - A alpha) is lam sign(alpha) where alpha is not 0, and within [-lam, lam] elsewhere
         slope = c - (G @ alpha.unsqueeze(-1)).squeeze(-1)
-        on_support = (slope - lam * alpha.sign()).abs()
-        off_support = (slope.abs() - lam).clamp(min=0)
-        violation = torch.where(alpha != 0, on_support, off_support)
+        where_nonzero = (slope - lam * alpha.sign()).abs()
+        where_zero = (slope.abs() - lam).clamp(min=0)
+        violation = torch.where(alpha != 0, where_nonzero, where_zero)
         if (lam_now <= lam).all() and (violation <= tolerance * largest).all():
             return alpha.to(b)
         lam_now = (lam_now / 2).clamp(min=lam)
@@ -317,31 +337,31 @@ def active_set_step(G: Tensor, c: Tensor, lipschitz: Tensor, lam: Tensor, alpha:
     """
     on = alpha != 0
     block = torch.where(on.unsqueeze(-1) & on.unsqueeze(-2), G, 0.0)
-    block = block + torch.diag_embed(torch.where(on, 1e-12 * lipschitz, 1.0))
+    block = block + torch.diag_embed(torch.where(on, 1e-12 * lipschitz, 1.0))  # 1e-12: columns may be dependent
     slope = c - (G @ alpha.unsqueeze(-1)).squeeze(-1)  # A^T (b - A alpha)
     right_side = torch.where(on, slope - lam * alpha.sign(), 0.0)
     best = alpha + torch.linalg.solve_ex(block, right_side).result
 
-    # The share of the way at which the first entry becomes 0; that entry leaves the support
+    # The share of the way at which the first entry becomes 0; that entry stays 0
     share = torch.where(best * alpha < 0, alpha / (alpha - best), 1.0)
     first = share.amin(-1, keepdim=True)
     leaves = (share <= first) & (first < 1)
     return torch.where(leaves, 0.0, alpha + first * (best - alpha))
 
 
-def select_support(alpha: Tensor, states: list[int], kept: int, ops: tuple[str, ...]) -> list[list[tuple[str, int]]]:
-    """What each of K nodes keeps: `kept` pairs (operation, state that it reads).
+def select_support(alpha: Tensor, counts: list[int], kept: int, ops: tuple[str, ...]) -> list[list[tuple[str, int]]]:
+    """What each of K nodes keeps: the strongest operation on each state, by |alpha|, and of these the `kept` strongest.
 
-    alpha (K, n): entry len(ops) * state + operation. Node k reads the states 0 .. states[k] - 1. The strongest
-    operation of every edge by |alpha|, then the strongest edges. DHA's code does so with signed values [A], which
-    |alpha| replaces here [C]. ISTA-NAS' one-stage code takes the two largest |alpha| of all, which may be of one
-    edge.
+    alpha (K, n), entry len(ops) * state + operation; node k reads the states 0 .. counts[k] - 1. Returns for every node
+    pairs (operation, state). DHA's code compares signed values [A]; |alpha| is ours [C]. ISTA-NAS' one-stage code takes
+    the two largest |alpha| of all, which may be on one state.
     """
-    strength, operation = alpha.abs().view(len(states), -1, len(ops)).max(2)  # of every edge, (K, states)
+    edges = alpha.abs().view(len(counts), -1, len(ops))  # (K, states, operations)
+    strength, operation = edges.max(2)  # (K, states) each
     support = []
-    for k, count in enumerate(states):
-        edges = strength[k, :count].topk(kept).indices.sort().values
-        support.append([(ops[operation[k, state]], state) for state in edges.tolist()])
+    for k, count in enumerate(counts):
+        chosen = strength[k, :count].topk(kept).indices.sort().values
+        support.append([(ops[operation[k, state]], state) for state in chosen.tolist()])
     return support
 
 
@@ -384,7 +404,7 @@ class SparseCell(nn.Module):
             self.nodes.append(candidates)
 
     def forward(self, s0: Tensor, s1: Tensor, support: list, strengths: list, drop_path_prob: float) -> Tensor:
-        """For each node: support, the pairs (operation, state) that run; strengths, their weights, None once frozen."""
+        """support: for each node, the pairs (operation, state) to run. strengths: their weights; None once frozen."""
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         for j, candidates in enumerate(self.nodes):
             node = None
@@ -427,8 +447,8 @@ class SparseSupernet(nn.Module):
         self.auxiliary_at = 2 * layers // 3
         self.build(channels, num_classes, layers, auxiliary, stem)
 
-        # A batch norm behind a strength would undo it if it could scale: its weight stays 1, its bias 0, until
-        # the node freezes
+        # A strength multiplies what a batch norm puts out, whose own scale could undo it: so its weight stays 1 and its
+        # bias 0 until the node freezes
         for cell in self.cells:
             for norm in batch_norms(cell.nodes):
                 norm.requires_grad_(False)
@@ -484,7 +504,11 @@ class SparseSupernet(nn.Module):
         return (logits, auxiliary_logits) if with_auxiliary else logits
 
     def strength(self, k: int) -> Tensor:
-        """Section 2.3: b^T A - alpha^T E on node k's support, (kept,). Where b = A alpha, it is alpha."""
+        """The weights of what node k keeps, (kept,): section 2.3's b^T A - alpha^T E, on the support alone [A].
+
+        alpha is constant here, so that the gradient goes to b. Where alpha has no other non-zeros and b = A alpha,
+        these weights are alpha's.
+        """
         A, alpha = self.A_S[k], self.alpha_S[k]
         alpha_E = A.T @ (A @ alpha) - alpha  # E = A^T A - I, which is symmetric
         return A.T @ self.b[k] - alpha_E
@@ -520,7 +544,7 @@ class SparseSupernet(nn.Module):
         return distances
 
     def running(self, k: int, support: list) -> list[nn.Module]:
-        """The operations that a support makes node k run in each of its cells, cell by cell."""
+        """Node k's operations under a support: what it keeps, in each of the cells that have the node, cell by cell."""
         found = []
         for cell in self.cells:
             if cell.first_node <= k < cell.first_node + len(cell.nodes):
@@ -586,11 +610,8 @@ def support_of_genotype(genotype: Genotype | list[str]) -> list[list[tuple[str, 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def overrun(net: SparseSupernet, support: list, args: argparse.Namespace, image_size: int) -> float:
-    """Eq. (1): the largest c_i(alpha) / C_i of a support's network.
-
-    Up to 1 it keeps --max-params and --max-flops; without them it is 0.
-    """
+def cost_share(net: SparseSupernet, support: list, args: argparse.Namespace, image_size: int) -> float:
+    """Eq. (1): the largest c_i(alpha) / C_i of a support. Above 1 a limit is broken; without limits it is 0."""
     shares = [0.0]
 
     # Parameters: all, without b and the candidates that do not run
@@ -618,10 +639,10 @@ def overrun(net: SparseSupernet, support: list, args: argparse.Namespace, image_
 def start_within_limits(net: SparseSupernet, args: argparse.Namespace, image_size: int) -> None:
     """Bring the first, random support under the limits of Eq. (1), node by node.
 
-    Each draw gives one node a b that makes a random operation its strongest; it stays if it comes nearer to the limits.
-    Raises InputError after 300 draws.
+    Each draw gives one node a b that makes a random operation its strongest; it is undone if that leads further from
+    the limits. Raises InputError after 300 draws.
     """
-    nearest = overrun(net, net.support, args, image_size)
+    nearest = cost_share(net, net.support, args, image_size)
     for n in range(300):
         if nearest <= 1:
             break
@@ -634,7 +655,7 @@ def start_within_limits(net: SparseSupernet, args: argparse.Namespace, image_siz
         net.b[k].copy_(args.b_scale * code)
 
         alpha = net.decode()
-        found = overrun(net, net.support_of(alpha), args, image_size)
+        found = cost_share(net, net.support_of(alpha), args, image_size)
         if found > nearest:
             net.b[k].copy_(before)
         else:
@@ -652,7 +673,7 @@ def start_within_limits(net: SparseSupernet, args: argparse.Namespace, image_siz
 TORCHRUN = dist.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
-QUIET = True if RANK > 0 else None  # progress bars: none, or where there is a terminal
+QUIET = True if RANK > 0 else None  # tqdm's disable; None: no bar where there is no terminal
 
 
 class DHA:
@@ -665,14 +686,12 @@ class DHA:
         self.net = build(args.channels, len(data.classes), args.layers, auxiliary, args.b_scale, stem)
         self.net.to(device, memory_format=torch.channels_last)
         self.theta = [p for name, p in self.net.named_parameters() if not name.startswith("b.")]
-        self.velocity = {}  # of the weights that the last step moved: their v
+        self.velocity = {}  # weight: its v, for those that the last step moved
 
-        # b moves as DARTS' alpha does [A]; for tau all pairs are alike; lr and wd are tensors: no step waits for them
-        self.b_optimizer = torch.optim.Adam(self.net.b, args.arch_lr, betas=(0.5, 0.999), weight_decay=1e-3)
-        self.tau = torch.zeros(len(AUGMENTATIONS), len(AUGMENTATIONS), device=device, requires_grad=True)
-        self.lr = torch.tensor(args.lr, device=device)
+        self.b_optimizer = torch.optim.Adam(self.net.b, args.arch_lr, betas=(0.5, 0.999), weight_decay=1e-3)  # [A]
+        self.tau = torch.zeros(len(AUGMENTATIONS), len(AUGMENTATIONS), device=device, requires_grad=True)  # all alike
+        self.lr = torch.tensor(args.lr, device=device)  # tensors, so that no step waits for the GPU
         self.wd = torch.tensor(args.weight_decay, device=device)
-
         mean, std = common.mean_std(data.train_images)
         self.mean = mean.to(device)
         self.std = std.to(device)
@@ -750,7 +769,7 @@ def train_step(s: DHA, images: Tensor, labels: Tensor, args: argparse.Namespace)
         p.grad = None
     losses.mean().backward()
     if not args.no_da:
-        policy_loss(s.tau, pairs, losses).backward()  # Eq. (2)
+        policy_loss(s.tau, pairs, losses, args.da_weight, args.da_entropy).backward()  # Eq. (2)
     ran = [p for p in s.theta if p.grad is not None]
     average_gradients([*ran, *s.net.b, s.tau])
 
@@ -784,7 +803,7 @@ def decode_and_freeze(s: DHA, args: argparse.Namespace, image_size: int, last: b
 
     After the `last` epoch nothing is decoded any more, and all nodes freeze. When all are frozen, the network is
     pruned. Returns how far each node's alpha moved; None where nothing was decoded, or the new support breaks a
-    limit of Eq. (1): then the last one stays.
+    limit of Eq. (1): then the old one stays.
     """
     searched = [k for k, frozen in enumerate(s.net.frozen) if not frozen]
     distances = None
@@ -792,11 +811,12 @@ def decode_and_freeze(s: DHA, args: argparse.Namespace, image_size: int, last: b
         settled = searched
     else:
         alpha = s.net.decode()
-        if overrun(s.net, s.net.support_of(alpha), args, image_size) > 1:
-            print("the new support breaks --max-params or --max-flops: the last one stays")
+        if cost_share(s.net, s.net.support_of(alpha), args, image_size) > 1:
+            print("the new support breaks --max-params or --max-flops: the old one stays")
             return None
         distances = s.net.adopt(alpha)
-        settled = [k for k in searched if distances[k] <= FREEZE_DISTANCE and s.net.alpha_S[k].any()]
+        chosen = s.net.alpha_S.any(1).tolist()  # an alpha of zeros has chosen nothing yet
+        settled = [k for k in searched if distances[k] <= FREEZE_DISTANCE and chosen[k]]
 
     for k in settled:
         s.net.freeze(k)
@@ -826,7 +846,7 @@ def run_dha(args: argparse.Namespace, device: torch.device) -> None:
     if args.genotype:
         copy = out / "genotype.json"
         s.prune(common.load_genotype(copy if copy.exists() else args.genotype, args.space))
-    if overrun(s.net, s.net.support, args, image_size) > 1:
+    if cost_share(s.net, s.net.support, args, image_size) > 1:
         if args.genotype:
             raise InputError("the genotype breaks --max-params or --max-flops")
         start_within_limits(s.net, args, image_size)
@@ -839,12 +859,12 @@ def run_dha(args: argparse.Namespace, device: torch.device) -> None:
         common.save_genotype(s.net.genotype(), out / "genotype.json")
 
     # Search until every node is frozen, then train
-    searched = sum(record["phase"] == "search" for record in history)
-    while not all(s.net.frozen) or len(history) < searched + args.train_epochs:
+    epochs_searched = sum(record["phase"] == "search" for record in history)
+    while not all(s.net.frozen) or len(history) < epochs_searched + args.train_epochs:
         begun = time.time()
         epoch = len(history)
         searching = not all(s.net.frozen)
-        progress = 0.0 if searching else (epoch - searched) / args.train_epochs
+        progress = 0.0 if searching else (epoch - epochs_searched) / args.train_epochs
         s.net.train()
         s.net.drop_path_prob = args.drop_path * progress
         if args.no_hpo:  # constant while searching, then from lr to lr / 25 along half a cosine [A: ISTA-NAS]
@@ -852,16 +872,18 @@ def run_dha(args: argparse.Namespace, device: torch.device) -> None:
         if epoch < args.warmup_epochs:
             s.lr.fill_(args.lr * (epoch + 1) / args.warmup_epochs)
 
-        # One seed per epoch: a resumed run goes on as if it had never stopped
+        # One seed per epoch: a resumed run goes on as if it had never stopped. Eq. (3) wants a next batch that is
+        # independent of those in v: batches of one permutation share no image, which makes lr fall too early
         seed = 100_003 * args.seed + epoch
         torch.manual_seed(1_009 * seed + RANK)
-        order = common.batches(len(data.train_images), args.batch_size, seed, RANK, WORLD).to(device)
+        independent = not args.no_hpo
+        order = common.batches(len(data.train_images), args.batch_size, seed, RANK, WORLD, independent).to(device)
         batches = common.loader(data.train_images, data.train_labels, order, train=True)
         totals = torch.zeros(2, device=device)
         for images, labels in tqdm(batches, f"epoch {epoch + 1}", steps, leave=False, disable=QUIET):
             totals += train_step(s, images, labels, args)
 
-        learned = [*s.velocity, *s.net.b, s.tau, s.lr, s.wd]
+        learned = [*s.velocity.keys(), *s.net.b, s.tau, s.lr, s.wd]
         loss, accuracy = finite_means(totals / steps, learned, epoch + 1, "--lr, --beta-lr or --tau-lr")
 
         # The epoch's record. The test set decides nothing; it is only watched
@@ -870,6 +892,7 @@ def run_dha(args: argparse.Namespace, device: torch.device) -> None:
             test_accuracy = evaluate(s.net, data.test_images, data.test_labels, s.mean, s.std)
         skips, operations = s.net.skip_connects()
         p = s.tau.detach().flatten().softmax(0)
+        entropy = float(torch.special.entr(p).sum())
         record = {
             "epoch": epoch + 1,
             "phase": "search" if searching else "train",
@@ -878,20 +901,24 @@ def run_dha(args: argparse.Namespace, device: torch.device) -> None:
             "test_accuracy": test_accuracy,
             "lr": float(s.lr),
             "wd": float(s.wd),
-            "entropy": float(torch.special.entr(p).sum()),  # of p(tau), in nats; 5.278 when all pairs are alike
-            "frozen": sum(s.net.frozen),
+            "entropy": entropy,  # of p(tau), in nats; 5.278 when all pairs are alike
+            "frozen": sum(s.net.frozen),  # while it trained, as the support
             "skip_connects": skips,
             "support": s.net.support,
         }
+        last_entropy = history[-1]["entropy"] if history else math.log(s.tau.numel())
+        if entropy < last_entropy / 2:
+            print("warning: the entropy of the policy halved in this epoch, it may end on one pair: lower --tau-lr")
         if searching and skips > operations // 2:
             print(f"warning: {skips} of {operations} operations are skip-connections: the search may be collapsing")
 
         if searching:
-            searched += 1
-            record["moved"] = decode_and_freeze(s, args, image_size, last=searched == args.search_epochs)
+            epochs_searched += 1
+            record["moved"] = decode_and_freeze(s, args, image_size, last=epochs_searched == args.search_epochs)
         print(
             f"epoch {epoch + 1}  {record['phase']}  loss {loss:.3f}  train {accuracy:.1f} %  "
-            f"test {test_accuracy:.1f} %  lr {s.lr:.4f}  wd {s.wd:.1e}  frozen {record['frozen']}"
+            f"test {test_accuracy:.1f} %  lr {s.lr:.4f}  wd {s.wd:.1e}  "
+            f"entropy {entropy:.2f}  frozen {record['frozen']}"
         )
         directory.end_epoch(record, time.time() - begun, dha=s.state_dict())
 
@@ -1003,7 +1030,7 @@ def draw_dha(directory: "RunDirectory", net: SparseSupernet, p: Tensor | None) -
                 if net.kept > 1:
                     axis.text(x, y, str(state), ha="center", va="center", fontsize=8)
         colors = common.OPERATION_COLORS[1:]
-        mesh = axis.imshow(image, cmap=ListedColormap(colors), vmin=-0.5, vmax=len(colors) - 0.5, aspect="auto")
+        mesh = axis.imshow(image.numpy(), cmap=ListedColormap(colors), vmin=-0.5, vmax=len(colors) - 0.5, aspect="auto")
         figure.colorbar(mesh, ticks=range(len(colors))).ax.set_yticklabels(net.ops)
         nodes = range(len(net.states))
         axis.set_xticks(range(len(search)), [record["epoch"] for record in search])
@@ -1098,7 +1125,7 @@ def evaluate(net: nn.Module, images: Tensor | common.Photos, labels: Tensor, mea
 
 def evaluate_run(args: argparse.Namespace, device: torch.device, net: nn.Module, info: dict) -> None:
     """--evaluate: the test accuracy of a finished run's network, on its own data set unless flags name another."""
-    args.limit_train = 2
+    args.limit_train = 2  # training images are not needed
     args.auxiliary_weight = 0.0
     data = load_data(args, device)
     if data.classes != info["classes"]:
@@ -1121,7 +1148,7 @@ def finite_means(means: Tensor, learned: list[Tensor], epoch: int, flags: str) -
     return means.tolist()
 
 
-# Flags that say where a run lies or computes, not what it is: --resume may change them
+# Flags that do not change the result: --resume may change them
 PLACES = ("out", "resume", "gpu", "workers", "data_dir")
 
 
@@ -1183,7 +1210,7 @@ class RunDirectory:
             except BlockingIOError:
                 raise InputError(f"another process is writing {self.out}") from None
 
-        # How far it got
+        # Load the checkpoint
         if (self.out / "checkpoint.pt").exists():
             try:
                 self.state = torch.load(self.out / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -1395,7 +1422,7 @@ def per_image(values: Tensor) -> Tensor:
 
 
 def into_range(images: Tensor) -> Tensor:
-    """clamp(0, 1), for which pixels that are exactly 0 or 1 are inside (since torch 2.14 they are not for clamp)."""
+    """clamp(0, 1) whose gradient is 1 at exactly 0 and 1, too, where that of torch.clamp is 0 since torch 2.14."""
     near = F.hardtanh(images, -1e-6, 1 + 1e-6)
     return near + (near.clamp(0, 1) - near).detach()
 
@@ -1506,7 +1533,7 @@ def auto_contrast(images: Tensor, magnitude: Tensor) -> Tensor:
     levels = (images * 255).round().long().clamp(0, 255).flatten(2)  # (B, 3, H W)
     low = levels.amin(2, keepdim=True).double()
     high = levels.amax(2, keepdim=True).double()
-    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # PIL divides; 255.0 / tensor multiplies
+    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # as PIL; torch makes 255.0 / x a product
     every_level = torch.arange(256, device=images.device, dtype=torch.float64)
     stretched = (every_level * scale - low * scale).floor().clamp(0, 255)
     table = torch.where(high > low, stretched, every_level) / 255  # (B, 3, 256): the new value of each level

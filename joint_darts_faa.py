@@ -23,11 +23,11 @@ The training images are split in two, D_train and D_val. One iteration (Alg. 1):
     1. take a batch of D_val, cropped and flipped; every image draws one of the L sub-policies
     2. in each stage an image becomes the weighted sum of what all 16 operations make of it        Eqs. (1) to (3)
     3. in the network every edge is the weighted sum of its candidate operations                   Eq. (5)
-    4. move z, p, mu and alpha to lower the loss: one backward pass, no gradient of w              Eq. (9)
+    4. move z, p, mu and alpha to lower the loss: one backward pass, w fixed (xi = 0)              Eqs. (8), (9)
     5. take a batch of D_train, do steps 1 to 3 with it, and move w to lower the loss              Eq. (10)
 
-After the search the strongest operations make a network, which is trained from scratch with the policy; from then on
-its operations are drawn instead of weighted.
+After the search the strongest operations make a network. It is trained from scratch with the policy, which now draws
+its operations instead of weighting them.
 """
 
 import argparse
@@ -52,7 +52,7 @@ import common
 from common import PRIMITIVES, FactorizedReduce, Genotype, InputError, Network
 
 if __name__ == "__main__":
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's may be missing here, and files need none
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's backend may be missing here
 try:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -60,11 +60,9 @@ except (ImportError, ValueError):
     Figure = None  # no figures
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Settings. [P]: the paper says so. [A]: its authors' code, or the named code. [C]: our choice, because neither
-# says.
+# Settings. [P]: the paper. [A]: public code of DARTS or Faster AutoAugment. [C]: our choice, because neither says.
 # ---------------------------------------------------------------------------------------------------------------------
 
-ETA = 0.05  # temperature of the selection [A: Faster AutoAugment]
 GRAD_CLIP = 5.0  # largest norm of the weights' gradient [A: DARTS]
 
 PRESETS = {
@@ -88,7 +86,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
 
     add = parser.add_argument_group("what to run, on what").add_argument
-    add("--preset", choices=["paper", "quick", "imagenet"], default="paper", help="other flags win")
+    add("--preset", choices=["paper", "quick", "imagenet"], default="paper", help="sets the flags that are not given")
     add("--dataset", choices=common.DATASETS, default="cifar10", help="data set")
     add("--data-dir", type=os.path.expanduser, default="data", help="where data sets are, or are downloaded to")
     add("--image-size", type=at_least(8), help="scale to this side; None: 224 for photographs, else as they are")
@@ -105,7 +103,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
     add = parser.add_argument_group("search").add_argument
     add("--search-epochs", type=at_least(1), default=50, help="epochs of search; the paper has 50 and 25 [P]")
-    add("--search-batch-size", type=at_least(2), default=64, help="images per half-step of the search [A: DARTS]")
+    add("--search-batch-size", type=at_least(2), default=64, help="images of D_val and of D_train per step [A: DARTS]")
     add("--search-images", type=at_least(4), help="search on so many of the training images; None: on all")
     add("--search-channels", type=at_least(2), default=16, help="channels of the supernet, even [A: DARTS]")
     add("--search-layers", type=at_least(3), default=8, help="cells of the supernet [A: DARTS]")
@@ -138,7 +136,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if args.channels % 2 or args.search_channels % 2:
         parser.error("--channels and --search-channels must be even: a factorized reduction splits them in two")
     if not (args.train_epochs or args.search_only) or (args.search_only and args.genotype and args.policy):
-        parser.error("nothing to do: --train-epochs 0 wants --search-only, and that something to search")
+        parser.error("nothing to do: --train-epochs 0 needs --search-only, and something to search")
     if args.amp and args.gpu < 0:
         parser.error("--amp is for a GPU")
     return args
@@ -157,7 +155,7 @@ def at_least(low: float, below: float = math.inf):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The policy. AUGMENTATIONS, its 16 operations, stand at the end.
+# The policy. Its 16 operations (AUGMENTATIONS, SIGNED) and their helpers (per_image, into_range) are at the end.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -174,10 +172,10 @@ def relaxed_bernoulli(p: Tensor, temperature: float = 0.1) -> Tensor:
 class Policy(nn.Module):
     """An augmentation policy, differentiable: images (B, 3, H, W) float in [0, 1] to the same.
 
-    z, p, mu: (L, K, 16) each, so 3 * 16 * K * L parameters: for every sub-policy, stage and operation the logit
-    of its selection, the probability that it is applied and its magnitude in [0, 1], all from U(0, 1) at the
-    start [A]. Every image draws a sub-policy of its own (the reference gives a whole chunk of a batch one [C]),
-    and for every operation in SIGNED the sign of its magnitude. eta: temperature of the selection.
+    z, p, mu: (L, K, 16) each, so 3 * 16 * K * L parameters: for every sub-policy, stage and operation the logit of its
+    selection, the probability that it is applied and its magnitude in [0, 1]; all from U(0, 1) at the start [A: Faster
+    AutoAugment]. eta: temperature of the selection [A]. Every image draws its own sub-policy [C] (Faster AutoAugment: one
+    for a chunk of the batch), and a sign for the magnitude of every operation in SIGNED.
     """
 
     def __init__(self, sub_policies: int = 10, stages: int = 2, eta: float = 0.05):
@@ -191,30 +189,30 @@ class Policy(nn.Module):
         self.register_buffer("signed", signed, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        L = len(self.z)
+        L, K, _ = self.z.shape
         which = torch.randint(L, (len(images),), device=images.device)  # a sub-policy for every image
-        weights = (self.z[which] / self.eta).softmax(2)  # Eq. (3), (B, K, 16)
+        weights = (self.z[which] / self.eta).softmax(2)  # sigma_eta(z) of Eqs. (2) and (3), (B, K, 16)
         masks = relaxed_bernoulli(self.p[which])  # of Eq. (1), (B, K, 16)
-        signs = 1 - 2 * self.signed * torch.randint(2, masks.shape, device=images.device)
+        signs = 1 - 2 * self.signed * torch.randint(2, masks.shape, device=images.device)  # 1 or -1 for SIGNED, else 1
         magnitudes = self.mu[which] * signs  # (B, K, 16)
 
-        for stage_weights, stage_masks, stage_magnitudes in zip(
-            weights.unbind(1), masks.unbind(1), magnitudes.unbind(1)
-        ):
-            weight = stage_weights.unbind(1)  # (B,) for each operation
-            mask = stage_masks.unbind(1)
-            magnitude = stage_magnitudes.unbind(1)
+        # [k][n]: (B,). Unbound at once, because this is cheaper to differentiate than indexing
+        weights = [stage.unbind(1) for stage in weights.unbind(1)]
+        masks = [stage.unbind(1) for stage in masks.unbind(1)]
+        magnitudes = [stage.unbind(1) for stage in magnitudes.unbind(1)]
 
+        for k in range(K):
             mixed = torch.zeros_like(images)
             for n, operation in enumerate(AUGMENTATIONS.values()):
-                maybe = torch.lerp(images, operation(images, magnitude[n]), per_image(mask[n]))  # Eq. (1)
-                mixed = mixed + per_image(weight[n]) * maybe  # Eq. (2)
-            images = into_range(mixed)
+                changed = operation(images, magnitudes[k][n])
+                maybe = torch.lerp(images, changed, per_image(masks[k][n]))  # Eq. (1)
+                mixed = mixed + per_image(weights[k][n]) * maybe  # Eq. (2)
+            images = into_range(mixed)  # rounding only
         return images
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """p and mu back into [0, 1], after an optimizer's step [C]."""
+        """p and mu back into [0, 1], after a step [C]. A p that reaches 0 or 1 stays there: its gradient is 0."""
         self.p.clamp_(0, 1)
         self.mu.clamp_(0, 1)
 
@@ -242,11 +240,11 @@ def augment(images: Tensor, policy: Policy) -> Tensor:
     which = torch.randint(L, (B,), device=images.device)  # a sub-policy for every image
     nothing = len(AUGMENTATIONS)  # the number of no operation
     for k in range(K):
-        # A draw from Cat(selection) for every image. (torch.multinomial may make a GPU wait where it draws one per row)
+        # A draw from Cat(selection): the argmax of selection / Exp(1). (torch.multinomial may make a GPU wait)
         selection = policy.selection()[which, k]  # (B, 16)
         drawn = (selection / torch.empty_like(selection).exponential_()).argmax(1)
 
-        # Eq. (1): it is applied with probability p; its magnitude gets a random sign
+        # Eq. (1): it is applied with probability p. Only operations in SIGNED see the sign (apply_each)
         applied = torch.rand(B, device=images.device) < policy.p[which, k, drawn]
         sign = 1 - 2 * torch.randint(2, (B,), device=images.device)
         magnitude = sign * policy.mu[which, k, drawn]
@@ -261,37 +259,8 @@ def augment(images: Tensor, policy: Policy) -> Tensor:
 NODES = 4  # of a cell; node j reads the states 0 .. j + 1, of which 0 and 1 are the cell's inputs
 
 
-class MixedOp(nn.Module):
-    """The mixed operation of an edge: x (B, C, H, W) to (B, C, H/stride, W/stride).
-
-    (In a cell x is wrapped, see State below, which only saves time.)
-    """
-
-    def __init__(self, channels: int, stride: int):
-        super().__init__()
-        self.ops = nn.ModuleList(candidate(name, channels, stride) for name in PRIMITIVES[1:])  # "none" adds nothing
-
-    def forward(self, x: "Tensor | State", weights: Tensor) -> Tensor:
-        """weights (8,): the softmax of the edge's alpha, in the order of PRIMITIVES."""
-        return sum(weight * f(x) for weight, f in zip(weights[1:], self.ops))  # Eq. (5)
-
-
-def candidate(name: str, channels: int, stride: int) -> nn.Sequential:
-    """One of PRIMITIVES[1:] as DARTS searches with it: no affine batch norm, and one after each pool.
-
-    Its first layer is the same on every edge that leaves a state, and is computed once for all of them: see Shared.
-    """
-    layers = list(common.operation(name, channels, stride, affine=False))
-    if name.endswith("pool_3x3"):
-        pool = nn.Sequential(*layers, nn.BatchNorm2d(channels, affine=False))
-        return nn.Sequential(Shared(name, pool))
-    if name == "skip_connect":
-        return nn.Sequential(Shared("itself", nn.Identity()), *layers)  # unwraps the State
-    return nn.Sequential(Shared("relu", layers[0]), *layers[1:])
-
-
 class State:
-    """A node's output x, and what Shared layers have made of it."""
+    """A node's output x, and what Shared layers made of it. (This and Shared save time, and change no result.)"""
 
     def __init__(self, x: Tensor):
         self.x = x
@@ -299,9 +268,9 @@ class State:
 
 
 class Shared(nn.Module):
-    """A layer that all edges which leave a State have in common: the first that asks computes it.
+    """A layer without weights with which all edges that leave a state begin: the first edge runs it for all.
 
-    Of a tensor it is f(x).
+    A plain tensor remembers nothing: f(x).
     """
 
     def __init__(self, name: str, f: nn.Module):
@@ -317,10 +286,37 @@ class Shared(nn.Module):
         return state.known[self.name]
 
 
+def candidate(name: str, channels: int, stride: int) -> nn.Sequential:
+    """One of PRIMITIVES[1:] as in DARTS' search: batch norms without weights, and one after each pool.
+
+    It begins with a Shared layer.
+    """
+    layers = list(common.operation(name, channels, stride, affine=False))
+    if name.endswith("pool_3x3"):
+        pool = nn.Sequential(*layers, nn.BatchNorm2d(channels, affine=False))
+        return nn.Sequential(Shared(name, pool))
+    if name == "skip_connect":
+        return nn.Sequential(Shared("itself", nn.Identity()), *layers)  # unwraps the State
+    return nn.Sequential(Shared("relu", layers[0]), *layers[1:])
+
+
+class MixedOp(nn.Module):
+    """The mixed operation of an edge: x (B, C, H, W), a tensor or a State, to (B, C, H/stride, W/stride)."""
+
+    def __init__(self, channels: int, stride: int):
+        super().__init__()
+        self.ops = nn.ModuleList(candidate(name, channels, stride) for name in PRIMITIVES[1:])
+
+    def forward(self, x: Tensor | State, weights: Tensor) -> Tensor:
+        """weights (8,): the softmax of the edge's alpha, in the order of PRIMITIVES."""
+        return sum(weight * f(x) for weight, f in zip(weights[1:], self.ops))  # Eq. (5), without "none", which adds 0
+
+
 class DartsCell(nn.Module):
     """A cell whose 14 edges all carry the mixed operation.
 
-    s0 (B, c_before, H, W), of twice that size if `halved`, and s1 (B, c_in, H, W): the outputs of the two cells before.
+    s0 (B, c_before, H, W) and s1 (B, c_in, H, W), the outputs of the last two cells, to (B, 4 * channels, H, W).
+    halved: s0 is twice as large as s1. reduction: the output is half as large.
     """
 
     def __init__(self, c_before: int, c_in: int, channels: int, reduction: bool, halved: bool):
@@ -408,7 +404,7 @@ class DartsSupernet(nn.Module):
 TORCHRUN = dist.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
-QUIET = True if RANK > 0 else None  # progress bars: none, or where there is a terminal
+QUIET = True if RANK > 0 else None  # tqdm's disable; None: no bar where there is no terminal
 
 
 class JointSearch:
@@ -430,7 +426,7 @@ class JointSearch:
             self.alphas = self.net.alphas()
         self.net.to(device, memory_format=torch.channels_last)
         self.w = [parameter for name, parameter in self.net.named_parameters() if not name.startswith("alphas")]
-        self.policy = None if args.policy else Policy(args.sub_policies, args.stages, ETA).to(device)
+        self.policy = None if args.policy else Policy(args.sub_policies, args.stages).to(device)
         self.upper = list(self.alphas)  # what Eq. (9), the upper level, moves
         if self.policy:
             self.upper += self.policy.parameters()
@@ -459,11 +455,11 @@ class JointSearch:
         """L(w, alpha, z, p, mu), the cross-entropy, and the accuracy in %. images uint8 (B, 3, H, W), labels (B,)."""
         x = images / 255
         if self.policy:
-            x = self.policy(x)
+            x = self.policy(x)  # Eq. (2): Alg. 1, lines 4 and 11
         with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
             logits = self.net(common.normalize(x, self.mean, self.std)).float()
         accuracy = 100 * (logits.argmax(1) == labels).float().mean()
-        return F.cross_entropy(logits, labels), accuracy
+        return F.cross_entropy(logits, labels), accuracy  # lines 5 and 12
 
 
 @torch.no_grad()
@@ -478,12 +474,12 @@ def average_gradients(params: list[Tensor]) -> None:
             g.copy_(mean.view_as(g))
 
 
-def compute_gradients(of: list[Tensor], not_of: list[Tensor]) -> None:
-    """From now on backward passes compute the gradients `of` some, from 0, and none of others."""
-    for parameter in of:
+def only_differentiate(params: list[Tensor], frozen: list[Tensor]) -> None:
+    """Let backward passes compute gradients of `params` and none of `frozen`; forget all gradients."""
+    for parameter in params:
         parameter.grad = None
         parameter.requires_grad_(True)
-    for parameter in not_of:
+    for parameter in frozen:
         parameter.grad = None
         parameter.requires_grad_(False)
 
@@ -495,8 +491,8 @@ def search_step(s: JointSearch, val: tuple[Tensor, Tensor], train: tuple[Tensor,
     accuracy in %, L_train, its accuracy in %: (4,).
     """
     # Eq. (9): the policy and alpha, at the present w (xi = 0 in Eq. 8)
-    compute_gradients(of=s.upper, not_of=s.w)
-    loss_val, accuracy_val = s.loss(*val, amp)  # lines 3 to 5
+    only_differentiate(s.upper, frozen=s.w)
+    loss_val, accuracy_val = s.loss(*val, amp)  # lines 4 and 5
     loss_val.backward()  # line 6: z, p, mu and alpha at once
     average_gradients(s.upper)
     if s.policy:
@@ -505,11 +501,11 @@ def search_step(s: JointSearch, val: tuple[Tensor, Tensor], train: tuple[Tensor,
     if s.alphas:
         s.alpha_optimizer.step()  # line 8
     measured = [loss_val.detach(), accuracy_val]
-    del loss_val  # and the memory of its graph, before the second half
+    del loss_val  # with its graph, which at C=16 would hold 0.5 GiB through the second half
 
     # Eq. (10): w, with the new policy and alpha
-    compute_gradients(of=s.w, not_of=s.upper)
-    loss_train, accuracy_train = s.loss(*train, amp)  # lines 10 to 12
+    only_differentiate(s.w, frozen=s.upper)
+    loss_train, accuracy_train = s.loss(*train, amp)  # lines 11 and 12
     loss_train.backward()  # line 13
     average_gradients(s.w)
     nn.utils.clip_grad_norm_(s.w, GRAD_CLIP)
@@ -539,7 +535,7 @@ def run_joint(args: argparse.Namespace, device: torch.device) -> None:
         copy = out / "policy.json"
         policy = load_policy(copy if copy.exists() else args.policy)
 
-    # Sizes that do not fit are found before anything is written
+    # Batches that do not fit are an error before anything is written
     count = len(data.train_images)
     searched_images = min(args.search_images or count, count)
     if not args.search_only:
@@ -552,10 +548,10 @@ def run_joint(args: argparse.Namespace, device: torch.device) -> None:
         save_found(out, genotype, policy)
     if "train" not in directory.state and not (args.genotype and args.policy):
         s = search(args, data, device, genotype, directory)
-        if RANK == 0:
+        if RANK == 0:  # Alg. 1, line 16: the final policy and architecture
             save_found(out, None if genotype else s.net.genotype(), s.policy)
     if WORLD > 1:
-        dist.barrier()  # the files are there
+        dist.barrier()  # until process 0 has written the files
 
     net = None if args.search_only else train(args, data, device, directory)
     if RANK == 0:
@@ -606,6 +602,7 @@ def search(
         steps = len(val_order)
         totals = torch.zeros(4, device=device)
         batches = zip(val_batches, train_batches)
+        # Alg. 1: a batch of D_val (line 3) and one of D_train (line 10)
         for val, train in tqdm(batches, f"search {epoch + 1}", steps, leave=False, disable=QUIET):
             totals += search_step(s, val, train, args.amp)
 
@@ -627,17 +624,15 @@ def search(
             "skip_connects": skips,
             "skip_connects_reduce": [name for name, _ in found.reduce].count("skip_connect"),
         }
-        if s.policy:
+        if s.policy:  # for Figure 2
             record["selection"] = dict(zip(AUGMENTATIONS, s.policy.selection().mean((0, 1)).tolist()))
         print(
             f"epoch {epoch + 1}  search  L_train {loss:.3f} {accuracy:.1f} %  "
             f"L_val {val_loss:.3f} {val_accuracy:.1f} %  lr {lr:.4f}  normal cell: {skips} of 8 skip"
         )
         if skips > 4 and not genotype:
-            print(
-                "warning: most operations of the normal cell are skip-connections: the search collapses. metrics.jsonl"
-            )
-            print("has the genotype of every epoch, and a run with fewer --search-epochs ends before it")
+            print("warning: most operations of the normal cell are skip-connections: the search collapses.")
+            print("metrics.jsonl has the genotype of every epoch; a run with fewer --search-epochs ends before it")
         directory.end_epoch(record, time.time() - begun, search=s.state_dict())
     return s
 
@@ -834,7 +829,7 @@ def draw_joint(directory: "RunDirectory", genotype: Genotype, images: Tensor) ->
         axis = figure.subplots()
         epochs = [record["epoch"] for record in search]
         shares = torch.tensor([list(record["selection"].values()) for record in search]).T  # (16, epochs)
-        axis.stackplot(epochs, shares, labels=list(AUGMENTATIONS), colors=colormaps["tab20"].colors)
+        axis.stackplot(epochs, shares.numpy(), labels=list(AUGMENTATIONS), colors=colormaps["tab20"].colors)
         axis.set(ylim=(0, 1), xlabel="epoch", title="Selection of each operation, mean over the policy")
         axis.locator_params(axis="x", integer=True)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
@@ -927,7 +922,7 @@ def evaluate(net: nn.Module, images: Tensor | common.Photos, labels: Tensor, mea
 
 def evaluate_run(args: argparse.Namespace, device: torch.device, net: nn.Module, info: dict) -> None:
     """--evaluate: the test accuracy of a finished run's network, on its own data set unless flags name another."""
-    args.limit_train = 2
+    args.limit_train = 2  # training images are not needed
     args.auxiliary_weight = 0.0
     data = load_data(args, device)
     if data.classes != info["classes"]:
@@ -950,7 +945,7 @@ def finite_means(means: Tensor, learned: list[Tensor], epoch: int, flags: str) -
     return means.tolist()
 
 
-# Flags that say where a run lies or computes, not what it is: --resume may change them
+# Flags that do not change the result: --resume may change them
 PLACES = ("out", "resume", "gpu", "workers", "data_dir")
 
 
@@ -1012,7 +1007,7 @@ class RunDirectory:
             except BlockingIOError:
                 raise InputError(f"another process is writing {self.out}") from None
 
-        # How far it got
+        # Load the checkpoint
         if (self.out / "checkpoint.pt").exists():
             try:
                 self.state = torch.load(self.out / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -1118,7 +1113,7 @@ def per_image(values: Tensor) -> Tensor:
 
 
 def into_range(images: Tensor) -> Tensor:
-    """clamp(0, 1), for which pixels that are exactly 0 or 1 are inside (since torch 2.14 they are not for clamp)."""
+    """clamp(0, 1) whose gradient is 1 at exactly 0 and 1, too, where that of torch.clamp is 0 since torch 2.14."""
     near = F.hardtanh(images, -1e-6, 1 + 1e-6)
     return near + (near.clamp(0, 1) - near).detach()
 
@@ -1237,7 +1232,7 @@ def auto_contrast(images: Tensor, magnitude: Tensor) -> Tensor:
     levels = (images * 255).round().long().clamp(0, 255).flatten(2)  # (B, 3, H W)
     low = levels.amin(2, keepdim=True).double()
     high = levels.amax(2, keepdim=True).double()
-    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # PIL divides; 255.0 / tensor multiplies
+    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # as PIL; torch makes 255.0 / x a product
     every_level = torch.arange(256, device=images.device, dtype=torch.float64)
     stretched = (every_level * scale - low * scale).floor().clamp(0, 255)
     table = torch.where(high > low, stretched, every_level) / 255  # (B, 3, 256): the new value of each level
@@ -1257,7 +1252,7 @@ def equalize(images: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def sample_pairing(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Mix in up to 0.4 of another image, the next one of the batch, whose order is random anyway [C]."""
+    """Mix in up to 0.4 of the next image of the batch [C]; batches are in random order."""
     return torch.lerp(images, images.roll(-1, 0), 0.4 * per_image(magnitude))
 
 
@@ -1276,8 +1271,8 @@ def identity_gradient(operation):
 def falling_gradient(operation):
     """The operation, with the gradient -1 for the magnitude.
 
-    Faster AutoAugment's rule is +1 for Solarize's threshold and for the bits that Posterize keeps [A]; both fall as our
-    magnitude rises.
+    Faster AutoAugment's gradient is +1 for Solarize's threshold and Posterize's bits [A]. Both are larger where our
+    magnitude is smaller: hence -1.
     """
 
     def with_gradient(images: Tensor, magnitude: Tensor) -> Tensor:

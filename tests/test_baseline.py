@@ -182,7 +182,7 @@ def test_stages_get_the_flags_that_they_are_handed(method, tmp_path):
     flags = ["--method", method, "--preset", "quick", "--gpu", "0", "--amp", "--out", str(tmp_path / "run")]
     args = baseline.parse_args([*flags, *OWN, *GIVEN])
     assert args.rest == GIVEN
-    commands = baseline.stages(args)
+    commands = baseline.commands(args)
     assert list(commands) == (["search", "train"] if method == "dha" else ["darts"])
     for name, (script, *rest) in commands.items():
         assert Path(script).parent == Path(baseline.__file__).parent
@@ -333,7 +333,7 @@ def test_compare_counts_a_run_once_and_passes_over_the_unfinished(tmp_path, caps
     several = [run, run, "a", str(tmp_path / "b" / ".." / "a"), "c", "empty", "s"]
     assert [row[2:4] for row in rows_of(baseline.compare(several))] == [["1", "90.00"]]
     said = capsys.readouterr().out
-    assert "s was a search only" in said and "c is no finished run" in said and "empty is no finished run" in said
+    assert "s was a search only" in said and "c is not a finished run" in said and "empty is not a finished run" in said
     assert [row[2:4] for row in rows_of(baseline.compare(["a", "b"]))] == [["2", "85.00 ± 7.07"]]
 
 
@@ -447,7 +447,7 @@ policy, images = Policy(2, 1), torch.rand(4, 3, 8, 8)
 policy(images).sum().backward()
 assert policy.z.grad.abs().sum() > 0 and augment(images, policy).shape == images.shape
 """),
-    "the mixed operation": (joint, "MixedOp candidate State Shared", "common", """
+    "the mixed operation": (joint, "State Shared candidate MixedOp", "common", """
 x, alpha = torch.rand(2, 4, 8, 8), torch.zeros(8, requires_grad=True)
 edge = MixedOp(4, 1)
 out = edge(x, alpha.softmax(0))

@@ -246,7 +246,7 @@ def test_policy_gradient_is_that_of_the_written_out_sum():
 
 
 def test_a_step_on_tau_raises_what_lost_more_than_its_probability_explains(monkeypatch):
-    s, data, args = tiny("--tau-lr", "2")
+    s, data, args = tiny("--tau-lr", "2", "--da-weight", "p")
     seen = {}
     for name in ("policy_loss", "apply_pairs"):
         real = getattr(dha, name)
@@ -254,7 +254,7 @@ def test_a_step_on_tau_raises_what_lost_more_than_its_probability_explains(monke
         monkeypatch.setattr(dha, name, spy)
     before = s.tau.detach().flatten().softmax(0)
     (measured,) = steps(s, data, args, 1)
-    _, pairs, losses = seen["policy_loss"]
+    _, pairs, losses, *_ = seen["policy_loss"]
     assert torch.equal(pairs, seen["apply_pairs"][1]) and losses.shape == (8,)
     assert float(losses.mean().detach()) == pytest.approx(float(measured[0]))
     summed = torch.zeros(196).index_add(0, pairs, losses.detach())
@@ -495,11 +495,11 @@ def test_limits_are_those_of_the_pruned_network():
         for flag, cost in zip(("--max-params", "--max-flops"), costs):
             shares = []
             for limit in (cost, cost - 1):
-                shares.append(dha.overrun(s.net, support, dha.parse_args([*TINY, flag, str(limit)]), 32))
+                shares.append(dha.cost_share(s.net, support, dha.parse_args([*TINY, flag, str(limit)]), 32))
             assert shares == [1, cost / (cost - 1)]
         both = dha.parse_args([*TINY, "--max-params", str(2 * costs[0]), "--max-flops", str(4 * costs[1])])
-        assert dha.overrun(s.net, support, both, 32) == 0.5  # the largest
-        assert dha.overrun(s.net, support, args, 32) == 0
+        assert dha.cost_share(s.net, support, both, 32) == 0.5  # the largest
+        assert dha.cost_share(s.net, support, args, 32) == 0
         assert s.net.support == before
 
 
@@ -561,7 +561,7 @@ def test_a_start_draws_300_times(enough, monkeypatch):
     s, _, args = tiny()
     drawn, asked = [], []
     monkeypatch.setattr(dha.SparseSupernet, "decode", lambda net: drawn.append(net.b[0].tolist()) or net.alpha)
-    monkeypatch.setattr(dha, "overrun", lambda *given: asked.append(given) or (0.5 if len(asked) > enough else 2.0))
+    monkeypatch.setattr(dha, "cost_share", lambda *given: asked.append(given) or (0.5 if len(asked) > enough else 2.0))
     if enough > 300:
         with pytest.raises(common.InputError, match="raise them"):
             dha.start_within_limits(s.net, args, 32)
@@ -767,3 +767,123 @@ def test_a_step_on_cuda_never_waits_for_the_host(monkeypatch):
         assert measured.device.type == "cuda" and calls == ["cuda"] * 4 and waits.seen == []
         with pytest.raises(Exception, match="local_scalar"):
             float(measured.sum())  # the pretended device does notice
+
+
+# -------- Eq. (2) as a ratio, and Eq. (3) on independent batches --------------------------------------------------------
+
+def test_ratio_has_the_expected_gradient_of_importance_weighting():
+    """Over all draws of two pairs from p, weighted by their probability: p (l - sum p l), less its share of the mean."""
+    tau = torch.randn(14, 14, dtype=torch.float64)
+    tau[1:] = -40.0  # 14 pairs are left
+    p, loss = tau.flatten().softmax(0), torch.rand(196, dtype=torch.float64)
+    total = torch.zeros(14, 14, dtype=torch.float64)
+    for i, j in itertools.product(range(14), repeat=2):
+        leaf = tau.clone().requires_grad_()
+        pairs = torch.tensor([i, j])
+        dha.policy_loss(leaf, pairs, loss[pairs], "ratio").backward()
+        total -= p[i] * p[j] * leaf.grad
+    expected = 2 * (1 - 1 / 2) * p * (loss - (p * loss).sum())  # B = 2; the batch's mean has half of each loss
+    assert torch.allclose(total.flatten(), expected, atol=1e-12)
+
+
+def test_entropy_is_part_of_the_ratio_alone():
+    tau = torch.randn(14, 14, dtype=torch.float64, requires_grad=True)
+    pairs, losses = torch.randint(196, (8,)), torch.full((8,), 2.0, dtype=torch.float64)
+    dha.policy_loss(tau, pairs, losses, "ratio", entropy_weight=0.3).backward()  # equal losses: entropy alone moves tau
+    leaf = tau.detach().clone().requires_grad_()
+    p = leaf.flatten().softmax(0)
+    (8 * 0.3 * (p * p.log()).sum()).backward()
+    assert torch.allclose(tau.grad, leaf.grad, atol=1e-12)
+    first, second = (dha.policy_loss(tau, pairs, losses, "p", entropy_weight=w) for w in (0.0, 0.3))
+    assert torch.equal(first, second)
+
+
+def moved_by_steps(steps, batch_size, step, loss, seed, weight="ratio", entropy_weight=0.3):
+    """p after so many steps of Eq. (2) alone: every pair has its own mean loss, (196,), and noise as large as that."""
+    g = torch.Generator().manual_seed(seed)
+    tau = torch.zeros(14, 14, requires_grad=True)
+    for _ in range(steps):
+        pairs = torch.multinomial(tau.detach().flatten().softmax(0), batch_size, replacement=True, generator=g)
+        losses = loss[pairs] * (1 + torch.randn(batch_size, generator=g))
+        (gradient,) = torch.autograd.grad(dha.policy_loss(tau, pairs, losses, weight, entropy_weight), tau)
+        tau = (tau.detach() - step * gradient).requires_grad_()
+    return tau.detach().flatten().softmax(0)
+
+
+def preset(name):
+    args = dha.parse_args(["--preset", name, "--out", "nothing"])
+    return args.tau_lr, args.batch_size, args.da_weight, args.da_entropy
+
+
+def entropy(p):
+    return float(torch.special.entr(p).sum())
+
+
+def test_equal_losses_leave_the_policy_near_uniform():
+    """For 10 times the 651 steps of quick, at its step. (As printed one pair would have all of p by then.)"""
+    step, batch_size, weight, lam = preset("quick")
+    p = moved_by_steps(6_510, batch_size, step, torch.ones(196), 0, weight, lam)
+    assert weight == "ratio" and entropy(p) > 5.2 and p.max() < 0.02
+
+
+HARD = torch.ones(196)
+HARD[:39] = 1.2
+SHARE = float((HARD / 0.3).softmax(0)[:39].sum())  # p ~ exp(l / lambda_H): 0.326, from 0.199 at the start
+
+
+def test_harder_pairs_gain_as_the_closed_form_says_at_quicks_step():
+    step, batch_size, weight, lam = preset("quick")
+    shares = [float(moved_by_steps(651, batch_size, step, HARD, seed, weight, lam)[:39].sum()) for seed in range(4)]
+    assert SHARE == pytest.approx(0.326, abs=1e-3) and sum(shares) / 4 == pytest.approx(SHARE, abs=0.03)
+    p = moved_by_steps(2_600, batch_size, step, HARD, 9, weight, lam)  # and it stays there
+    assert float(p[:39].sum()) == pytest.approx(SHARE, abs=0.05) and p.max() < 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["paper", "imagenet"])
+def test_harder_pairs_gain_as_the_closed_form_says(name):
+    step, batch_size, weight, lam = preset(name)
+    for steps in (15_000, 60_000):
+        p = moved_by_steps(steps, batch_size, step, HARD, 0, weight, lam)
+        assert float(p[:39].sum()) == pytest.approx(SHARE, abs=0.03) and p.max() < 0.02
+
+
+def test_hypergradient_wants_independent_batches():
+    """The exact mean of dL/dlr, over all pairs of batches of a least-squares problem, at fixed weights and velocity.
+
+    Batches that are drawn independently meet it; neighbours in one permutation share no image, and do not.
+    """
+    torch.manual_seed(0)
+    N, B, lr = 6, 2, 0.1
+    x, y = torch.randn(N, 3, dtype=torch.float64), torch.randn(N, dtype=torch.float64)
+    theta, v0 = torch.randn(3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    gradient = lambda w, batch: x[batch].T @ (x[batch] @ w - y[batch]) / B
+
+    def d_lr(first, second):
+        v = 0.9 * v0 + gradient(theta, first)
+        after = theta - lr * v
+        return float(dha.hypergradient([gradient(after, second)], [v], [after], lr)[0])
+
+    subsets = [list(batch) for batch in itertools.combinations(range(N), B)]
+    exact = sum(d_lr(a, b) for a in subsets for b in subsets) / len(subsets) ** 2
+    for independent in (True, False):
+        draws = []
+        for seed in range(3000):
+            order = common.batches(N, B, seed, independent=independent).tolist()
+            draws.append(d_lr(order[0], order[1]))
+        draws = torch.tensor(draws)
+        error = abs(float(draws.mean()) - exact) / float(draws.std() / len(draws) ** 0.5)
+        assert error < 3 if independent else error > 6, (independent, error)
+
+
+def test_batches_are_independent_where_eq_3_learns(tmp_path, monkeypatch):
+    """In a run: with HPO images come twice in an epoch, without it none does."""
+    for flags, twice in (([], True), (["--no-hpo"], False)):
+        seen = []
+        monkeypatch.setattr(dha, "train_step", lambda s, images, *rest: seen.append(images) or torch.zeros(2))
+        monkeypatch.setattr(common, "random_crop_flip", lambda images: images)
+        flags = [*TINY, *flags, "--limit-train", "64", "--limit-test", "8", "--search-epochs", "1", "--train-epochs", "0"]
+        monkeypatch.setattr(dha, "draw_dha", lambda *given: None)
+        dha.main([*flags, "--out", str(tmp_path / str(twice))])
+        images = torch.cat(seen)
+        assert len(images) == 64 and (len(torch.unique(images, dim=0)) < 64) == twice

@@ -230,7 +230,7 @@ def test_limits_are_those_of_the_pruned_network_and_reject():
         s.net.freeze(frozen)
         for flag, cost in costs.items():
             limits = [argparse.Namespace(**vars(args) | {flag: cost - less}) for less in (0, 1)]
-            shares = [dha.overrun(s.net, s.net.support, limited, 32) for limited in limits]
+            shares = [dha.cost_share(s.net, s.net.support, limited, 32) for limited in limits]
             assert shares == [1, cost / (cost - 1)]
     alpha, larger = s.net.alpha.clone(), MIXED[:2] + ["mbconv6_7x7"] * 9
     s.net.b.load_state_dict(choose(copy.deepcopy(s.net), larger, 0).b.state_dict())

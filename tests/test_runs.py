@@ -213,8 +213,9 @@ def test_a_foreign_directory_is_not_touched_and_an_unused_one_is_none(script, tm
 
     # Empty, or with what a start may leave that is killed before it has saved config.json
     source = Path(script.module.__file__).name
-    for i, names in enumerate(([], ["metrics.jsonl"], ["metrics.jsonl", source], ["metrics.jsonl", source, "config.json.part"])):
-        out = tmp_path / str(i)
+    left = ["metrics.jsonl", source, "config.json.part"]
+    for i in range(4):
+        names, out = left[:i], tmp_path / str(i)
         out.mkdir()
         for name in names:
             (out / name).write_text("{")
