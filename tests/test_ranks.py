@@ -23,6 +23,7 @@ CPU = torch.device("cpu")
 TINY = "--preset quick --gpu -1 --channels 4 --arch-lr 0.03 --b-scale 0.3 --weight-decay 5e-3 --beta-wd 1"
 KINDS = {
     "cells": (dha, f"{TINY} --layers 3 --beta-lr 0.3"),
+    "as printed": (dha, f"{TINY} --layers 3 --beta-lr 0.3 --da-weight p"),
     "mobilenet": (dha, f"{TINY} --space mobilenet --layers 6 --beta-lr 0.03"),
     "joint": (joint, "--preset quick --gpu -1 --search-channels 2 --sub-policies 2 --stages 1 --lr 0.05"),
 }
@@ -188,7 +189,8 @@ def test_a_step_is_one_process_s_on_the_joined_batch(found, kind):
             assert mine.keys() == other.keys()
             for name in other:
                 for a, b in zip(mine[name], other[name], strict=True):
-                    assert torch.allclose(a, b, rtol=0, atol=1e-9 if steps else 0), (name, steps)
+                    within = 1e-5 * a.abs().max() if name == "tau" else 1e-9 if steps else 0  # tau: of float32 losses
+                    assert torch.allclose(a, b, rtol=0, atol=float(within)), (name, steps)
     before, _, after = wanted
     for name in before.keys() - ({"alpha"} if kind != "joint" else {}):  # which no step of DHA moves
         moved = torch.cat([(a - b).abs().flatten() for a, b in zip(before[name], after[name])])
