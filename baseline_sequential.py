@@ -177,10 +177,10 @@ def relaxed_bernoulli(p: Tensor, temperature: float = 0.1) -> Tensor:
 class Policy(nn.Module):
     """An augmentation policy, differentiable: images (B, 3, H, W) float in [0, 1] to the same.
 
-    z, p, mu: (L, K, 16) each, so 3 * 16 * K * L parameters: for every sub-policy, stage and operation the logit of its
-    selection, the probability that it is applied and its magnitude in [0, 1]; all from U(0, 1) at the start [A: Faster
-    AutoAugment]. eta: temperature of the selection [A]. Every image draws its own sub-policy [C] (Faster AutoAugment: one
-    for a chunk of the batch), and a sign for the magnitude of every operation in SIGNED.
+    z, p, mu: (L, K, 16) each, so 3 * 16 * K * L parameters: for every sub-policy, stage and operation the logit of
+    its selection, the probability that it is applied and its magnitude in [0, 1]; all from U(0, 1) at the start [A].
+    eta: temperature of the selection [A]. Every image draws its own sub-policy [C] (Faster AutoAugment: one for a
+    chunk of the batch), and a sign for the magnitude of every operation in SIGNED.
     """
 
     def __init__(self, sub_policies: int = 10, stages: int = 2, eta: float = 0.05):
@@ -471,15 +471,15 @@ def commands(args: argparse.Namespace, handed_files: bool = True) -> dict[str, l
 
     if args.method == "dha":
         dha = [str(here / "dha.py"), *flags]
-        genotype = ["--genotype", str(out / "search" / "genotype.json")] if handed_files else []
+        genotype = str(out / "search" / "genotype.json") if handed_files else "DARTS_V2"
         return {
-            "search": [*dha, "--no-da", "--no-hpo", "--train-epochs", "0", "--out", str(out / "search")],
-            "train": [*dha, *genotype, "--out", str(out / "train")],
+            "search": [*dha, "--no-da", "--no-hpo", "--out", str(out / "search"), "--train-epochs", "0"],
+            "train": [*dha, "--out", str(out / "train"), "--genotype", genotype],
         }
     policy = "none"
     if args.method == "faa-darts" and handed_files:
         policy = str(out / "policy.json")
-    return {"darts": [str(here / "joint_darts_faa.py"), *flags, "--policy", policy, "--out", str(out / "darts")]}
+    return {"darts": [str(here / "joint_darts_faa.py"), *flags, "--out", str(out / "darts"), "--policy", policy]}
 
 
 def run_baseline(args: argparse.Namespace, device: torch.device) -> None:
@@ -489,10 +489,14 @@ def run_baseline(args: argparse.Namespace, device: torch.device) -> None:
         print(f"{out} is finished already:", (out / "result.json").read_text())
         return
 
+    launch = [sys.executable]
+    if args.processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.processes}"]
+
     # A wrong flag of a later run is found before the first part starts
     if not (out / "config.json").exists():
         for command in commands(args, handed_files=False).values():
-            subprocess.run([sys.executable, *command, "--check"], check=True)
+            subprocess.run([*launch, *command, "--check"], check=True)
     if args.check:
         return
 
@@ -507,11 +511,10 @@ def run_baseline(args: argparse.Namespace, device: torch.device) -> None:
         del data, policy
         torch.cuda.empty_cache()  # the runs are other processes
 
-    launch = [sys.executable]
-    if args.processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.processes}"]
     results = []
     for name, command in commands(args).items():
+        if (out / name / "config.json").exists():
+            command = command[:-2]  # it has a copy of the handed file, and may have been moved
         print(f"\n{name}: {' '.join(command)}", flush=True)
         subprocess.run([*launch, *command], check=True)
         results.append(json.loads((out / name / "result.json").read_text()))
@@ -557,7 +560,7 @@ def compare(folders: list[str]) -> str:
     One row per data set, method and settings; settings that differ between the rows of a method are named. Raises
     InputError where there is no finished run.
     """
-    not_settings = {"seed", "out", "resume", "check", "evaluate", "compare", "preset", "gpu", "workers", "processes"}
+    not_settings = {"seed", "out", "resume", "check", "evaluate", "compare", "gpu", "workers", "processes"}
     rows = {}  # (data set, method, settings): results
     for folder in sorted({Path(folder).resolve() for folder in folders}):
         if not (folder / "result.json").exists():
@@ -567,9 +570,11 @@ def compare(folders: list[str]) -> str:
             result = json.loads((folder / "result.json").read_text())
             args = json.loads((folder / "config.json").read_text())["args"]
             numbers = [float(result[name]) for name in ("params", "search_seconds", "gpu_hours")]
-            accuracy = result.get("test_accuracy")
+            accuracy = float(result["test_accuracy"]) if "test_accuracy" in result else None
             if result["dataset"] != "folder":
                 args.pop("data_dir", None)  # its place does not matter
+            if "rest" not in args:  # a preset is known by its values, but not by those of a baseline's runs
+                args.pop("preset", None)
             settings = tuple((name, str(value)) for name, value in sorted(args.items()) if name not in not_settings)
             key = (result["dataset"], result["method"], settings)
         except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -634,7 +639,7 @@ def device_of(gpu: int) -> torch.device:
 
 
 # Flags that do not change the result: --resume may change them
-PLACES = ("out", "resume", "gpu", "workers", "data_dir")
+PLACES = ("out", "resume", "check", "gpu", "processes", "workers", "data_dir")
 
 
 def settings_of_run(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
@@ -650,7 +655,7 @@ def settings_of_run(parser: argparse.ArgumentParser, argv: list[str]) -> argpars
 
     # A new run: its directory must not hold anything else
     if not args.evaluate and not (args.resume and (folder / "config.json").exists()):
-        begun = {"metrics.jsonl", "config.json.part"}  # what a start that was killed may have left
+        begun = {"metrics.jsonl", script.name, "config.json.part"}  # what a start that was killed may have left
         if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= begun):
             parser.error(f"{folder} exists: choose another --out, or go on with its run by --resume")
         return args
@@ -670,7 +675,7 @@ def settings_of_run(parser: argparse.ArgumentParser, argv: list[str]) -> argpars
     args.evaluate = evaluated
     for name, value in saved.items():
         if not evaluated and name not in PLACES and getattr(args, name) != value:
-            parser.error(f"{folder} was started with {name} = {value}: leave that flag out")
+            parser.error(f"{folder} was started with {name} = {value}: leave flags that differ out")
     return args
 
 
@@ -685,7 +690,9 @@ class RunDirectory:
         self.out = Path(args.out)
         self.rank = rank
         self.world = world
-        self.state = {"history": [], "seconds": {"all": 0.0, "search": 0.0, "gpu": 0.0}}
+        self.state = {}
+        self.history = []
+        self.seconds = {"all": 0.0, "search": 0.0, "gpu": 0.0}
         script = Path(__file__)
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -699,10 +706,10 @@ class RunDirectory:
         if (self.out / "checkpoint.pt").exists():
             try:
                 self.state = torch.load(self.out / "checkpoint.pt", map_location="cpu", weights_only=True)
+                self.history = self.state["history"]
+                self.seconds = self.state["seconds"]
             except Exception as error:  # a damaged file can make the unpickler raise anything
                 raise InputError(f"cannot read {self.out}/checkpoint.pt: delete {self.out}, start again") from error
-        self.history = self.state["history"]
-        self.seconds = self.state["seconds"]
 
         # What the run is, for its reader and for --resume
         if self.rank == 0 and not (self.out / "config.json").exists():

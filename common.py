@@ -552,7 +552,9 @@ def save_genotype(genotype: Genotype | list[str], path: str | Path) -> None:
     """Write a genotype as JSON: the named tuple's four fields by name, or a list of the layers' operations."""
     if not isinstance(genotype, list):
         genotype = {field: list(value) for field, value in genotype._asdict().items()}
-    Path(path).write_text(json.dumps(genotype, indent=1) + "\n")
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps(genotype, indent=1) + "\n")
+    part.replace(path)
 
 
 def load_genotype(name_or_path: str | Path, space: str = "cells") -> Genotype | list[str]:

@@ -930,7 +930,7 @@ def save_dha(s: DHA, args: argparse.Namespace, data: common.Data, directory: "Ru
     """Write genotype.json, policy.json, model.pt, the figures; and last result.json, which says that all is there."""
     out = directory.out
     net = s.net
-    net.auxiliary = None
+    net.auxiliary = None  # only training needs it
     genotype = net.genotype()
     common.save_genotype(genotype, out / "genotype.json")
     p = s.tau.detach().cpu().flatten().softmax(0).view(s.tau.shape)
@@ -1149,7 +1149,7 @@ def finite_means(means: Tensor, learned: list[Tensor], epoch: int, flags: str) -
 
 
 # Flags that do not change the result: --resume may change them
-PLACES = ("out", "resume", "gpu", "workers", "data_dir")
+PLACES = ("out", "resume", "check", "gpu", "processes", "workers", "data_dir")
 
 
 def settings_of_run(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
@@ -1165,7 +1165,7 @@ def settings_of_run(parser: argparse.ArgumentParser, argv: list[str]) -> argpars
 
     # A new run: its directory must not hold anything else
     if not args.evaluate and not (args.resume and (folder / "config.json").exists()):
-        begun = {"metrics.jsonl", "config.json.part"}  # what a start that was killed may have left
+        begun = {"metrics.jsonl", script.name, "config.json.part"}  # what a start that was killed may have left
         if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= begun):
             parser.error(f"{folder} exists: choose another --out, or go on with its run by --resume")
         return args
@@ -1185,7 +1185,7 @@ def settings_of_run(parser: argparse.ArgumentParser, argv: list[str]) -> argpars
     args.evaluate = evaluated
     for name, value in saved.items():
         if not evaluated and name not in PLACES and getattr(args, name) != value:
-            parser.error(f"{folder} was started with {name} = {value}: leave that flag out")
+            parser.error(f"{folder} was started with {name} = {value}: leave flags that differ out")
     return args
 
 
@@ -1200,7 +1200,9 @@ class RunDirectory:
         self.out = Path(args.out)
         self.rank = rank
         self.world = world
-        self.state = {"history": [], "seconds": {"all": 0.0, "search": 0.0, "gpu": 0.0}}
+        self.state = {}
+        self.history = []
+        self.seconds = {"all": 0.0, "search": 0.0, "gpu": 0.0}
         script = Path(__file__)
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -1214,10 +1216,10 @@ class RunDirectory:
         if (self.out / "checkpoint.pt").exists():
             try:
                 self.state = torch.load(self.out / "checkpoint.pt", map_location="cpu", weights_only=True)
+                self.history = self.state["history"]
+                self.seconds = self.state["seconds"]
             except Exception as error:  # a damaged file can make the unpickler raise anything
                 raise InputError(f"cannot read {self.out}/checkpoint.pt: delete {self.out}, start again") from error
-        self.history = self.state["history"]
-        self.seconds = self.state["seconds"]
 
         # What the run is, for its reader and for --resume
         if self.rank == 0 and not (self.out / "config.json").exists():
@@ -1284,8 +1286,9 @@ def main(argv: list[str]) -> None:
         join_processes(args)
         device = device_of(args.gpu)
         if args.check:
-            load_data(args, device)
-            if args.genotype:
+            data = load_data(args, device)
+            common.batches(len(data.train_images), args.batch_size, 0, RANK, WORLD)
+            if args.genotype and args.genotype not in common.GENOTYPES:  # a file
                 common.load_genotype(args.genotype, args.space)
         elif args.evaluate:
             evaluate_run(args, device, *load_model(Path(args.evaluate) / "model.pt", device))

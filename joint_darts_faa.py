@@ -172,10 +172,10 @@ def relaxed_bernoulli(p: Tensor, temperature: float = 0.1) -> Tensor:
 class Policy(nn.Module):
     """An augmentation policy, differentiable: images (B, 3, H, W) float in [0, 1] to the same.
 
-    z, p, mu: (L, K, 16) each, so 3 * 16 * K * L parameters: for every sub-policy, stage and operation the logit of its
-    selection, the probability that it is applied and its magnitude in [0, 1]; all from U(0, 1) at the start [A: Faster
-    AutoAugment]. eta: temperature of the selection [A]. Every image draws its own sub-policy [C] (Faster AutoAugment: one
-    for a chunk of the batch), and a sign for the magnitude of every operation in SIGNED.
+    z, p, mu: (L, K, 16) each, so 3 * 16 * K * L parameters: for every sub-policy, stage and operation the logit of
+    its selection, the probability that it is applied and its magnitude in [0, 1]; all from U(0, 1) at the start [A].
+    eta: temperature of the selection [A]. Every image draws its own sub-policy [C] (Faster AutoAugment: one for a
+    chunk of the batch), and a sign for the magnitude of every operation in SIGNED.
     """
 
     def __init__(self, sub_policies: int = 10, stages: int = 2, eta: float = 0.05):
@@ -543,6 +543,8 @@ def run_joint(args: argparse.Namespace, device: torch.device) -> None:
     if not (args.genotype and args.policy):
         common.batches(searched_images // 2, args.search_batch_size, 0, RANK, WORLD)
 
+    if args.check:
+        return
     directory = RunDirectory(args, device, RANK, WORLD)
     if RANK == 0:
         save_found(out, genotype, policy)
@@ -946,7 +948,7 @@ def finite_means(means: Tensor, learned: list[Tensor], epoch: int, flags: str) -
 
 
 # Flags that do not change the result: --resume may change them
-PLACES = ("out", "resume", "gpu", "workers", "data_dir")
+PLACES = ("out", "resume", "check", "gpu", "processes", "workers", "data_dir")
 
 
 def settings_of_run(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
@@ -962,7 +964,7 @@ def settings_of_run(parser: argparse.ArgumentParser, argv: list[str]) -> argpars
 
     # A new run: its directory must not hold anything else
     if not args.evaluate and not (args.resume and (folder / "config.json").exists()):
-        begun = {"metrics.jsonl", "config.json.part"}  # what a start that was killed may have left
+        begun = {"metrics.jsonl", script.name, "config.json.part"}  # what a start that was killed may have left
         if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= begun):
             parser.error(f"{folder} exists: choose another --out, or go on with its run by --resume")
         return args
@@ -982,7 +984,7 @@ def settings_of_run(parser: argparse.ArgumentParser, argv: list[str]) -> argpars
     args.evaluate = evaluated
     for name, value in saved.items():
         if not evaluated and name not in PLACES and getattr(args, name) != value:
-            parser.error(f"{folder} was started with {name} = {value}: leave that flag out")
+            parser.error(f"{folder} was started with {name} = {value}: leave flags that differ out")
     return args
 
 
@@ -997,7 +999,9 @@ class RunDirectory:
         self.out = Path(args.out)
         self.rank = rank
         self.world = world
-        self.state = {"history": [], "seconds": {"all": 0.0, "search": 0.0, "gpu": 0.0}}
+        self.state = {}
+        self.history = []
+        self.seconds = {"all": 0.0, "search": 0.0, "gpu": 0.0}
         script = Path(__file__)
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -1011,10 +1015,10 @@ class RunDirectory:
         if (self.out / "checkpoint.pt").exists():
             try:
                 self.state = torch.load(self.out / "checkpoint.pt", map_location="cpu", weights_only=True)
+                self.history = self.state["history"]
+                self.seconds = self.state["seconds"]
             except Exception as error:  # a damaged file can make the unpickler raise anything
                 raise InputError(f"cannot read {self.out}/checkpoint.pt: delete {self.out}, start again") from error
-        self.history = self.state["history"]
-        self.seconds = self.state["seconds"]
 
         # What the run is, for its reader and for --resume
         if self.rank == 0 and not (self.out / "config.json").exists():
@@ -1080,13 +1084,7 @@ def main(argv: list[str]) -> None:
     try:
         join_processes(args)
         device = device_of(args.gpu)
-        if args.check:
-            load_data(args, device)
-            if args.genotype:
-                common.load_genotype(args.genotype)
-            if args.policy and args.policy != "none":
-                load_policy(args.policy)
-        elif args.evaluate:
+        if args.evaluate:
             evaluate_run(args, device, *load_network(Path(args.evaluate) / "model.pt", device))
         else:
             run_joint(args, device)

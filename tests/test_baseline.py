@@ -251,10 +251,9 @@ def test_stages_run_one_after_the_other_and_their_costs_add_up(tmp_path, monkeyp
     stages = Stages(monkeypatch)
     assert sequential(tmp_path, "--processes", "3") is None
     out = tmp_path / "run"
-    plain = [sys.executable, str(Path(dha.__file__))]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
-    assert [command[:2] for command in stages.commands[:2]] == [plain, plain]  # checks need one process
-    assert [command[:6] for command in stages.commands[2:]] == [[*launcher, dha.__file__]] * 2
+    assert [command[:6] for command in stages.commands] == [[*launcher, dha.__file__]] * 4  # two of them are checks
+    assert [command[-1] for command in stages.commands[:2]] == ["--check"] * 2
     result = json.loads((out / "result.json").read_text())
     assert result["method"] == "Sequential DHA" and result["test_accuracy"] == 90
     assert {name: result[name] for name in COSTS} == {name: 2 * value for name, value in COSTS.items()}

@@ -20,7 +20,7 @@ import dha
 import joint_darts_faa as joint
 
 CPU = torch.device("cpu")
-TINY = "--preset quick --gpu -1 --channels 4 --arch-lr 0.03 --b-scale 0.3 --weight-decay 5e-3 --beta-wd 1"
+TINY = "--preset quick --gpu -1 --da-weight p --channels 4 --arch-lr 0.03 --b-scale 0.3 --weight-decay 5e-3 --beta-wd 1"
 KINDS = {
     "cells": (dha, f"{TINY} --layers 3 --beta-lr 0.3"),
     "as printed": (dha, f"{TINY} --layers 3 --beta-lr 0.3 --da-weight p"),

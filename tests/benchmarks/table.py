@@ -190,17 +190,11 @@ def table(name: str) -> str:
     return "\n".join(lines)
 
 
-def quick_value(setting: str) -> str:
-    """What the runs have that a sweep of the setting is read against."""
-    quick = ["--preset", "quick", "--out", "not-made"]
-    known = {
-        **vars(joint_darts_faa.parse_args(quick)),
-        **vars(dha.parse_args(quick)),
-        "eta": joint_darts_faa.ETA,
-        "z": "uniform",
-        "lasso": dha.LASSO,
-    }
-    return str(known[setting.replace("-", "_")])
+# What --preset quick had when the kept results were made: what a sweep of the setting is read against
+QUICK = {
+    "beta-lr": "0.0003", "beta-wd": "0.001", "tau-lr": "0.25", "lasso": "1e-05",
+    "policy-lr": "0.01", "eta": "0.05", "z": "uniform",
+}  # fmt: skip
 
 
 def panels_of(name: str) -> dict[str, dict[str, str]]:
@@ -215,7 +209,7 @@ def panels_of(name: str) -> dict[str, dict[str, str]]:
     panels = {}
     for setting in settings:
         rows = {row.split()[1]: row for row in TABLES[name] if row.split()[0] == setting}
-        rows[f"{quick_value(setting)}\n(quick)"] = middle
+        rows[f"{QUICK[setting]}\n(quick)"] = middle
         panels[setting] = {label: rows[label] for label in sorted(rows, key=number)}
     return panels
 
