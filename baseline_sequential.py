@@ -11,7 +11,8 @@
 
 Every part but one is a run of joint_darts_faa.py or dha.py, so that both sides of a comparison share their code:
 
-    faa-darts   1. Faster AutoAugment (here): policy.json      2. joint_darts_faa.py --policy policy.json
+    faa-darts   1. Faster AutoAugment (here): policy.json      2. joint_darts_faa.py --policy policy.json: DARTS, then
+                                                                  training with that policy
     darts       1. joint_darts_faa.py --policy none
     dha         1. dha.py --no-da --no-hpo --train-epochs 0: genotype.json      2. dha.py --genotype genotype.json
 
@@ -23,8 +24,8 @@ critic and a classifier, judges the policy. z (logit of an operation's selection
 applied), mu (its magnitude) and Eqs. (1) to (3) are Kashima et al.'s. One iteration, on the two halves of a batch:
 
     1. augment the second half: each stage of the policy is the weighted sum of 16 operations    Eqs. (1) to (3)
-    2. move the network: its critic to score real images (the first half) high and augmented     WGAN-GP
-       ones low, its classifier to classify the first half correctly
+    2. move the network: its critic to score real images (the first half) high and augmented
+       ones low, its classifier to classify the first half correctly                             WGAN-GP
     3. augment the second half anew, and move the policy: the critic should score it high, and
        the classifier classify it correctly
 """
@@ -60,7 +61,7 @@ except (ImportError, ValueError):
     Figure = None  # no figures
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Settings. [P]: Kashima et al. [A]: Faster AutoAugment's public code. [C]: our choice, because neither says.
+# Settings. [P]: Kashima et al. [A]: Faster AutoAugment's public code. [C]: our choice, where neither says or we depart.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -72,7 +73,7 @@ PRESETS = {
 
 
 class RunParser(argparse.ArgumentParser):
-    """Keeps flags that it does not know in `rest`, for the runs. Without any, --resume keeps the saved ones."""
+    """Keeps flags that it does not know in `rest`, for the runs. If there are none, those of `namespace` stay."""
 
     def parse_args(
         self, args: list[str] | None = None, namespace: argparse.Namespace | None = None
@@ -117,7 +118,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--faa-images", type=at_least(4), default=4000, help="training images that it sees [A]")
     add("--faa-batch-size", type=at_least(4), default=128, help="images per step, half of them augmented [A]")
     add("--faa-lr", type=at_least(0.0), default=1e-3, help="Adam's learning rate for critic and classifier [A]")
-    add("--policy-lr", type=at_least(0.0), default=1e-3, help="Adam's learning rate for z, p and mu [A: Faster AA]")
+    add("--policy-lr", type=at_least(0.0), default=1e-3, help="Adam's learning rate for z, p and mu [A]")
     add("--sub-policies", type=at_least(1), default=10, help="L, sub-policies of a policy [P]")
     add("--stages", type=at_least(1), default=2, help="K, operations of a sub-policy, one after the other [P]")
     add("--class-weight", type=at_least(0.0), default=0.1, help="weight of the classification losses [A]")
@@ -201,7 +202,7 @@ class Policy(nn.Module):
         signs = 1 - 2 * self.signed * torch.randint(2, masks.shape, device=images.device)  # 1 or -1 for SIGNED, else 1
         magnitudes = self.mu[which] * signs  # (B, K, 16)
 
-        # [k][n]: (B,). Unbound at once, because this is cheaper to differentiate than indexing
+        # weights[k][n]: (B,), of stage k and operation n. Unbound at once: cheaper to differentiate than indexing
         weights = [stage.unbind(1) for stage in weights.unbind(1)]
         masks = [stage.unbind(1) for stage in masks.unbind(1)]
         magnitudes = [stage.unbind(1) for stage in magnitudes.unbind(1)]
@@ -212,7 +213,7 @@ class Policy(nn.Module):
                 changed = operation(images, magnitudes[k][n])
                 maybe = torch.lerp(images, changed, per_image(masks[k][n]))  # Eq. (1)
                 mixed = mixed + per_image(weights[k][n]) * maybe  # Eq. (2)
-            images = into_range(mixed)  # rounding only
+            images = into_range(mixed)  # it is, but for rounding
         return images
 
     @torch.no_grad()
@@ -265,7 +266,7 @@ class WideBlock(nn.Module):
         out = self.conv2(F.relu(self.bn2(out)))
         if self.shortcut is None:
             return out + x
-        return out + self.shortcut(relu[:, :, :: self.stride, :: self.stride])  # as common.FactorizedReduce
+        return out + self.shortcut(relu[:, :, :: self.stride, :: self.stride])  # see common.FactorizedReduce
 
 
 class WideResNet(nn.Module):
@@ -307,8 +308,8 @@ def gradient_penalty(critic: Callable, real: Tensor, augmented: Tensor, share: T
 
     x is share * real + (1 - share) * augmented, (B, 3, H, W); share: (B,) in [0, 1]; critic: images to values (B,).
     Differentiable in the critic's parameters. The norm is over a whole image, as Gulrajani et al. have it [C]; Faster
-    AutoAugment's code takes one per pixel. Batch norm links the images: a gradient has an image's effect on the others'
-    values, too.
+    AutoAugment's code takes one per pixel. Batch norm links the images: the gradient at an image also contains its
+    effect on the values of the others.
     """
     share = share.view(-1, 1, 1, 1)
     x = (share * real + (1 - share) * augmented).detach().requires_grad_(True)
@@ -348,7 +349,7 @@ class PolicySearch:
 
 
 def critic_step(s: PolicySearch, real: Tensor, labels: Tensor, source: Tensor, args: argparse.Namespace) -> Tensor:
-    """Move critic and classifier: score `real` above the augmented `source`, and classify `real`.
+    """Move the network (features, critic, classifier): score `real` above the augmented `source`, and classify `real`.
 
     real, source: float (B, 3, H, W) in [0, 1]. Returns critic(real) - critic(augmented), the penalty, the
     classification loss and the accuracy in %: (4,).
@@ -455,9 +456,9 @@ def search_policy(
 
 
 def commands(args: argparse.Namespace, handed_files: bool = True) -> dict[str, list[str]]:
-    """The runs of the other scripts: folder in --out: script and flags. (Faster AutoAugment runs here, before them.)
+    """The runs of the other scripts, {folder in --out: [script, flags, ...]}. (Faster AutoAugment runs in this one.)
 
-    handed_files: False to check flags, before there are the files that one run hands to the next.
+    handed_files: False puts something in place of files that do not exist yet, to check flags.
     """
     here = Path(__file__).parent
     out = Path(args.out)
@@ -469,17 +470,25 @@ def commands(args: argparse.Namespace, handed_files: bool = True) -> dict[str, l
         if value is not None:
             flags += ["--" + name.replace("_", "-"), str(value)]
 
+    # What each run is told, and what an earlier part hands to it
     if args.method == "dha":
-        dha = [str(here / "dha.py"), *flags]
+        script = "dha.py"
+        own = {"search": ["--no-da", "--no-hpo", "--train-epochs", "0"], "train": []}
         genotype = str(out / "search" / "genotype.json") if handed_files else "DARTS_V2"
-        return {
-            "search": [*dha, "--no-da", "--no-hpo", "--out", str(out / "search"), "--train-epochs", "0"],
-            "train": [*dha, "--out", str(out / "train"), "--genotype", genotype],
-        }
-    policy = "none"
-    if args.method == "faa-darts" and handed_files:
-        policy = str(out / "policy.json")
-    return {"darts": [str(here / "joint_darts_faa.py"), *flags, "--out", str(out / "darts"), "--policy", policy]}
+        handed = {"search": [], "train": ["--genotype", genotype]}
+    else:
+        script = "joint_darts_faa.py"
+        own = {"darts": []}
+        policy = str(out / "policy.json") if args.method == "faa-darts" and handed_files else "none"
+        handed = {"darts": ["--policy", policy]}
+
+    found = {}
+    for name in own:
+        command = [str(here / script), *flags, *own[name], "--out", str(out / name)]
+        if not (out / name / "config.json").exists():  # a run that has begun has a copy, and may have been moved
+            command += handed[name]
+        found[name] = command
+    return found
 
 
 def run_baseline(args: argparse.Namespace, device: torch.device) -> None:
@@ -513,8 +522,6 @@ def run_baseline(args: argparse.Namespace, device: torch.device) -> None:
 
     results = []
     for name, command in commands(args).items():
-        if (out / name / "config.json").exists():
-            command = command[:-2]  # it has a copy of the handed file, and may have been moved
         print(f"\n{name}: {' '.join(command)}", flush=True)
         subprocess.run([*launch, *command], check=True)
         results.append(json.loads((out / name / "result.json").read_text()))
@@ -573,7 +580,7 @@ def compare(folders: list[str]) -> str:
             accuracy = float(result["test_accuracy"]) if "test_accuracy" in result else None
             if result["dataset"] != "folder":
                 args.pop("data_dir", None)  # its place does not matter
-            if "rest" not in args:  # a preset is known by its values, but not by those of a baseline's runs
+            if "rest" not in args:  # the other settings show the preset, but not that of a baseline's runs
                 args.pop("preset", None)
             settings = tuple((name, str(value)) for name, value in sorted(args.items()) if name not in not_settings)
             key = (result["dataset"], result["method"], settings)
@@ -638,12 +645,12 @@ def device_of(gpu: int) -> torch.device:
     return torch.device("cuda", gpu)
 
 
-# Flags that do not change the result: --resume may change them
+# Flags that say where a run lies and computes: --resume may change them
 PLACES = ("out", "resume", "check", "gpu", "processes", "workers", "data_dir")
 
 
 def settings_of_run(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """Parse argv; with --resume and --evaluate the settings of the run in that directory stand below the flags.
+    """Parse argv. With --resume or --evaluate, what argv does not name comes from the run in that directory.
 
     Writes nothing. Ends the program where --out holds something else, or a flag contradicts the run that
     --resume goes on with.
@@ -682,8 +689,8 @@ def settings_of_run(parser: argparse.ArgumentParser, argv: list[str]) -> argpars
 class RunDirectory:
     """The directory --out, made or gone on with, and locked while the process lives.
 
-    config.json: settings and versions. metrics.jsonl: `history`, one record per epoch. checkpoint.pt: what --resume
-    needs. rank, world: the number of this process and how many there are; only process 0 writes.
+    config.json: settings and versions. metrics.jsonl: `history`, one record per epoch. checkpoint.pt: `state`, what
+    --resume needs. rank, world: the number of this process and how many there are; only process 0 writes.
     """
 
     def __init__(self, args: argparse.Namespace, device: torch.device, rank: int = 0, world: int = 1):
@@ -745,7 +752,7 @@ class RunDirectory:
             print(json.dumps(record), file=self.log, flush=True)
 
     def costs(self) -> dict:
-        """For result.json."""
+        """Epochs, seconds and GPU hours so far, for result.json."""
         return {
             "epochs": len(self.history),
             "search_epochs": sum(record["phase"] != "train" for record in self.history),
@@ -801,9 +808,10 @@ def per_image(values: Tensor) -> Tensor:
 
 
 def into_range(images: Tensor) -> Tensor:
-    """clamp(0, 1) whose gradient is 1 at exactly 0 and 1, too, where that of torch.clamp is 0 since torch 2.14."""
-    near = F.hardtanh(images, -1e-6, 1 + 1e-6)
-    return near + (near.clamp(0, 1) - near).detach()
+    """clamp(0, 1), but with gradient 1 at exactly 0 and 1 (torch.clamp: 0 since torch 2.14)."""
+    out = F.hardtanh(images, -1e-6, 1 + 1e-6)
+    with torch.no_grad():
+        return out.clamp_(0, 1)
 
 
 def pixel_centers(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -858,7 +866,7 @@ def rotate(images: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def blend(ground: Tensor, images: Tensor, magnitude: Tensor) -> Tensor:
-    """`images` moved away from `ground` (magnitude > 0) or towards it: by the factor 1 + 0.9 magnitude."""
+    """ground + (1 + 0.9 magnitude) (images - ground): away from `ground` for magnitude > 0, towards it below 0."""
     return into_range(torch.lerp(ground, images, 1 + 0.9 * per_image(magnitude)))
 
 
@@ -910,7 +918,8 @@ def solarize(images: Tensor, magnitude: Tensor) -> Tensor:
 
 def posterize(images: Tensor, magnitude: Tensor) -> Tensor:
     """Keep the highest 8 - round(4 magnitude) of 8 bits."""
-    step = 2 ** (4 * per_image(magnitude)).round()
+    lost_bits = (4 * per_image(magnitude)).round()
+    step = 2**lost_bits
     kept = ((images * 255).round() / step).floor() * step / 255
     return torch.where(step > 1, kept, images)
 
@@ -920,7 +929,7 @@ def auto_contrast(images: Tensor, magnitude: Tensor) -> Tensor:
     levels = (images * 255).round().long().clamp(0, 255).flatten(2)  # (B, 3, H W)
     low = levels.amin(2, keepdim=True).double()
     high = levels.amax(2, keepdim=True).double()
-    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # as PIL; torch makes 255.0 / x a product
+    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # 255.0 / x would be rounded otherwise
     every_level = torch.arange(256, device=images.device, dtype=torch.float64)
     stretched = (every_level * scale - low * scale).floor().clamp(0, 255)
     table = torch.where(high > low, stretched, every_level) / 255  # (B, 3, 256): the new value of each level

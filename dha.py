@@ -14,13 +14,13 @@ Architecture", TMLR 2022, https://arxiv.org/abs/2109.05765; equation numbers are
 the one-stage search of ISTA-NAS (Yang et al., NeurIPS 2020). There is one network at its final size, one loss and no
 validation split, and nothing is retrained.
 
-    theta    weights                          tau     14 x 14 logits: which pair of image operations to apply
-    lr, wd   learning rate, weight decay;     alpha   strengths of a node's candidates: of each operation on each
-             the paper's eta                          state (the cell's inputs and earlier nodes) that it can read
-    beta     step sizes of lr and wd          b       short code of alpha: b = A alpha, A random and fixed
+    theta    weights                                 tau     14 x 14 logits: which pair of image operations to apply
+    lr, wd   learning rate and weight decay; eta     alpha   strengths of a node's candidates: of each operation on
+             in the paper. beta: their step sizes            each state (a cell's inputs, earlier nodes) it can read
+    b        what Adam trains, 7 numbers per node    A       random and fixed; alpha is decoded from b = A alpha
 
-A node's support is what it keeps and runs: the strongest candidate of each state, and of these the two strongest. What
-Adam trains is b. One iteration:
+A node's support is what it keeps and runs: the strongest candidate of each state, and of these the two strongest.
+One iteration (Figure 1; its last arrow, to eta, is step 3 of the iteration after):
 
     1. draw a pair of image operations for every image from softmax(tau) and apply it
     2. compute the loss of every image, and the gradients
@@ -29,7 +29,8 @@ Adam trains is b. One iteration:
     5. move b and theta to lower the mean loss
 
 After each epoch of search ISTA decodes alpha from b (Eq. 4), which may change the support. A node whose alpha hardly
-moves is frozen. When all are, the other candidates are deleted and training goes on with the same weights.
+moves is frozen; after --search-epochs all are. Then the other candidates are deleted, and training goes on with the
+same weights.
 """
 
 import argparse
@@ -126,9 +127,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
     add = parser.add_argument_group("policy (Eq. 2), lr and wd (Eq. 3), architecture (Eqs. 1, 4)").add_argument
     add("--no-da", action="store_true", help="no policy: crop, flip and cutout only")
-    add("--da-weight", choices=["p", "ratio"], default="ratio", help="Eq. (2) as printed [P], or as a ratio [C]")
+    add(
+        "--da-weight",
+        choices=["p", "ratio"],
+        default="ratio",
+        help="Eq. (2) with p as printed [P], or p / p held fixed [C]",
+    )
     add("--da-entropy", type=at_least(0.0), default=0.3, help="lambda_H, weight of the entropy, with ratio [C]")
-    add("--tau-lr", type=at_least(0.0), default=1e-3, help="step size of tau, for 15,000 steps and more [C]")
+    add("--tau-lr", type=at_least(0.0), default=1e-3, help="step size of tau; this one suits 15,000 steps and more [C]")
     add("--no-hpo", action="store_true", help="wd stays, lr falls by a cosine once the search is over [A: ISTA-NAS]")
     add("--beta-lr", type=at_least(0.0), default=1e-5, help="beta of Eq. (3), for lr [C]")
     add("--beta-wd", type=at_least(0.0), default=1e-5, help="beta of Eq. (3), for wd [C]")
@@ -176,8 +182,8 @@ def at_least(low: float, below: float = math.inf):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The augmentation policy (section 2.1). tau has a logit for every ordered pair of the 14 operations [A], which are
-# AUGMENTATIONS, at the end of the file.
+# The augmentation policy (section 2.1). tau has a logit for every ordered pair [A] of the 14 operations [P],
+# which are AUGMENTATIONS, at the end of the file.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -203,15 +209,15 @@ def policy_loss(tau: Tensor, pairs: Tensor, losses: Tensor, weight: str = "p", e
     """L^DA of Eq. (2). Its gradient goes to tau alone.
 
     tau (14, 14); pairs (B,), drawn from p(tau), and losses (B,) of the same images. Two readings of p_k(tau) as "an
-    importance weight"; l is the mean loss of each pair:
+    importance weight"; p_j and l_j are the probability and the mean loss of pair j:
 
-    "p", as printed [P, A]. The pairs are drawn from p already, so that p counts twice: tau climbs B p (p l - sum p^2 l)
-    in the mean. What is drawn more often gains, until one pair has all.
+    "p", as printed [P, A]. The pairs are drawn from p already, so that p counts twice: in the mean tau_j climbs
+    B p_j (p_j l_j - sum_i p_i^2 l_i). What is drawn more often gains, until one pair has all.
 
-    "ratio" [C]. For draws from p that weight is p(tau) / p(tau held fixed): tau climbs B p (l - sum p l), so that pairs
-    which are harder than the mean gain. The batch's mean loss is subtracted, which takes noise away and keeps the
-    direction. entropy_weight, lambda_H in nats, adds the entropy H of p: the maximum of sum p l + lambda_H H is at
-    p ~ exp(l / lambda_H), where no pair has all.
+    "ratio" [C]. For draws from p that weight is p_k(tau) / p_k(tau held fixed): 1, with the gradient of log p_k. In the
+    mean tau_j climbs B p_j (l_j - sum_i p_i l_i): pairs that are harder than the mean gain. The batch's mean loss is
+    subtracted, which takes noise away and keeps the direction. entropy_weight, lambda_H in nats, adds the entropy H of
+    p: the maximum of sum_i p_i l_i + lambda_H H is at p_i ~ exp(l_i / lambda_H), where no pair has all.
     """
     p = tau.flatten().softmax(0)
     drawn = p.gather(0, pairs)  # p_k(tau), (B,)
@@ -249,11 +255,11 @@ def hypergradient(
 ) -> tuple[Tensor, Tensor]:
     """The gradient of Eq. (3), (dL/dlr, dL/dwd), through the last sgd_step.
 
-    theta_plus: theta^(t+1), the weights that the step left. grads: dL/dtheta there, before clipping. velocity: the
+    theta_plus: theta^(t+1), the weights after the step. grads: dL/dtheta there, before clipping. velocity: the
     step's v. lr: its rate. The weights and the v before the step count as constant (end of section 2.2).
 
-    L is the loss of the next batch, with the b and tau of then, whose gradient the next step computes anyway [C]: Eq.
-    (3) costs no second pass (the authors' code pays one).
+    L is the loss of the next batch, with the support, b and tau of that time, whose gradient the next step computes
+    anyway [C]: Eq. (3) costs no second pass (the authors' code pays one).
     """
     g = torch.cat([tensor.flatten() for tensor in grads])
     v = torch.cat([tensor.flatten() for tensor in velocity])
@@ -554,7 +560,10 @@ class SparseSupernet(nn.Module):
 
     @torch.no_grad()
     def freeze(self, k: int) -> None:
-        """End the search of node k: its last batch norms absorb the strengths, and all of them learn from now on."""
+        """End the search of node k.
+
+        In every cell the last batch norm of each kept operation absorbs its strength; they learn from now on.
+        """
         strength = self.strength(k)
         for i, op in enumerate(self.running(k, self.support)):
             for norm in batch_norms(op)[-1:]:
@@ -626,7 +635,7 @@ def cost_share(net: SparseSupernet, support: list, args: argparse.Namespace, ima
         params = common.count_parameters(net) - sum(p.numel() for p in idle)
         shares.append(params / args.max_params)
 
-    # Multiply-adds: of the network as it would be
+    # Multiply-adds: with this support running
     if args.max_flops:
         present = net.support
         net.support = support
@@ -639,8 +648,8 @@ def cost_share(net: SparseSupernet, support: list, args: argparse.Namespace, ima
 def start_within_limits(net: SparseSupernet, args: argparse.Namespace, image_size: int) -> None:
     """Bring the first, random support under the limits of Eq. (1), node by node.
 
-    Each draw gives one node a b that makes a random operation its strongest; it is undone if that leads further from
-    the limits. Raises InputError after 300 draws.
+    Each draw gives one node a b that makes a random operation its strongest; the draw is undone if it leads further
+    from the limits. Raises InputError after 300 draws.
     """
     nearest = cost_share(net, net.support, args, image_size)
     for n in range(300):
@@ -697,7 +706,7 @@ class DHA:
         self.std = std.to(device)
 
     def prune(self, genotype: Genotype | list[str]) -> None:
-        """The search is over: delete what the genotype does not have, and forget its velocity."""
+        """The search is over: delete the other candidates, and their velocities."""
         self.net.prune(genotype)
         self.theta = list(self.net.parameters())
         self.velocity = {p: self.velocity[p] for p in self.theta if p in self.velocity}
@@ -715,6 +724,7 @@ class DHA:
         }
 
     def load_state_dict(self, state: dict) -> None:
+        """Into a DHA that was just built."""
         # The network's form first: freezing and pruning change which parameters it has (and values, which come next)
         self.net.support = state["support"]
         for k, frozen in enumerate(state["frozen"]):
@@ -783,12 +793,12 @@ def train_step(s: DHA, images: Tensor, labels: Tensor, args: argparse.Namespace)
         s.lr.sub_(lr_change).clamp_(*LR_RANGE)  # Eq. (3)
         s.wd.sub_(wd_change).clamp_(*WD_RANGE)  # Eq. (3)
 
-    # 4. The policy. Eq. (2) is a sum over the batch: of the processes' shares of it, average_gradients took the mean
+    # 4. The policy. Eq. (2) sums over the whole batch, of whose shares average_gradients took the mean: times WORLD
     if not args.no_da:
         with torch.no_grad():
             s.tau -= args.tau_lr * WORLD * s.tau.grad
 
-    # 5. The architecture's code, and the weights. The v of a weight that did not run in the last step starts at 0 [C]
+    # 5. b, and the weights. The v of a weight that did not run in the last step starts at 0 [C]
     s.b_optimizer.step()
     nn.utils.clip_grad_norm_(ran, GRAD_CLIP)
     s.velocity = {p: s.velocity[p] if p in s.velocity else torch.zeros_like(p) for p in ran}
@@ -869,7 +879,7 @@ def run_dha(args: argparse.Namespace, device: torch.device) -> None:
         s.net.drop_path_prob = args.drop_path * progress
         if args.no_hpo:  # constant while searching, then from lr to lr / 25 along half a cosine [A: ISTA-NAS]
             s.lr.fill_(args.lr * (0.04 + 0.96 * (1 + math.cos(math.pi * progress)) / 2))
-        if epoch < args.warmup_epochs:
+        if epoch < args.warmup_epochs:  # Eq. (3) moves it from here
             s.lr.fill_(args.lr * (epoch + 1) / args.warmup_epochs)
 
         # One seed per epoch: a resumed run goes on as if it had never stopped. Eq. (3) wants a next batch that is
@@ -902,7 +912,7 @@ def run_dha(args: argparse.Namespace, device: torch.device) -> None:
             "lr": float(s.lr),
             "wd": float(s.wd),
             "entropy": entropy,  # of p(tau), in nats; 5.278 when all pairs are alike
-            "frozen": sum(s.net.frozen),  # while it trained, as the support
+            "frozen": sum(s.net.frozen),  # in this epoch, as the support
             "skip_connects": skips,
             "support": s.net.support,
         }
@@ -1136,7 +1146,7 @@ def evaluate_run(args: argparse.Namespace, device: torch.device, net: nn.Module,
 
 
 def finite_means(means: Tensor, learned: list[Tensor], epoch: int, flags: str) -> list[float]:
-    """An epoch's means, over all processes. Ends the program where they or what is learned are not finite."""
+    """An epoch's means, over all processes. Ends the program if one of them or of what is learned is not finite."""
     if dist.is_initialized():
         dist.all_reduce(means)
         means = means / dist.get_world_size()
@@ -1148,12 +1158,12 @@ def finite_means(means: Tensor, learned: list[Tensor], epoch: int, flags: str) -
     return means.tolist()
 
 
-# Flags that do not change the result: --resume may change them
+# Flags that say where a run lies and computes: --resume may change them
 PLACES = ("out", "resume", "check", "gpu", "processes", "workers", "data_dir")
 
 
 def settings_of_run(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """Parse argv; with --resume and --evaluate the settings of the run in that directory stand below the flags.
+    """Parse argv. With --resume or --evaluate, what argv does not name comes from the run in that directory.
 
     Writes nothing. Ends the program where --out holds something else, or a flag contradicts the run that
     --resume goes on with.
@@ -1192,8 +1202,8 @@ def settings_of_run(parser: argparse.ArgumentParser, argv: list[str]) -> argpars
 class RunDirectory:
     """The directory --out, made or gone on with, and locked while the process lives.
 
-    config.json: settings and versions. metrics.jsonl: `history`, one record per epoch. checkpoint.pt: what --resume
-    needs. rank, world: the number of this process and how many there are; only process 0 writes.
+    config.json: settings and versions. metrics.jsonl: `history`, one record per epoch. checkpoint.pt: `state`, what
+    --resume needs. rank, world: the number of this process and how many there are; only process 0 writes.
     """
 
     def __init__(self, args: argparse.Namespace, device: torch.device, rank: int = 0, world: int = 1):
@@ -1255,7 +1265,7 @@ class RunDirectory:
             print(json.dumps(record), file=self.log, flush=True)
 
     def costs(self) -> dict:
-        """For result.json."""
+        """Epochs, seconds and GPU hours so far, for result.json."""
         return {
             "epochs": len(self.history),
             "search_epochs": sum(record["phase"] != "train" for record in self.history),
@@ -1363,7 +1373,8 @@ class MobileLayer(nn.Module):
 class MobileSupernet(SparseSupernet):
     """SparseSupernet of 5 n + 1 layers, each a node that keeps one of 7 operations.
 
-    channels: the stem's; ProxylessNAS has 32.
+    channels: the stem's; ProxylessNAS has 32. Where a layer has no shortcut, the next batch norm cancels its strength,
+    and its b gets almost no gradient: chance chooses there.
     """
 
     ops = common.MOBILE_PRIMITIVES
@@ -1425,9 +1436,10 @@ def per_image(values: Tensor) -> Tensor:
 
 
 def into_range(images: Tensor) -> Tensor:
-    """clamp(0, 1) whose gradient is 1 at exactly 0 and 1, too, where that of torch.clamp is 0 since torch 2.14."""
-    near = F.hardtanh(images, -1e-6, 1 + 1e-6)
-    return near + (near.clamp(0, 1) - near).detach()
+    """clamp(0, 1), but with gradient 1 at exactly 0 and 1 (torch.clamp: 0 since torch 2.14)."""
+    out = F.hardtanh(images, -1e-6, 1 + 1e-6)
+    with torch.no_grad():
+        return out.clamp_(0, 1)
 
 
 def pixel_centers(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -1482,7 +1494,7 @@ def rotate(images: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def blend(ground: Tensor, images: Tensor, magnitude: Tensor) -> Tensor:
-    """`images` moved away from `ground` (magnitude > 0) or towards it: by the factor 1 + 0.9 magnitude."""
+    """ground + (1 + 0.9 magnitude) (images - ground): away from `ground` for magnitude > 0, towards it below 0."""
     return into_range(torch.lerp(ground, images, 1 + 0.9 * per_image(magnitude)))
 
 
@@ -1526,7 +1538,8 @@ def solarize(images: Tensor, magnitude: Tensor) -> Tensor:
 
 def posterize(images: Tensor, magnitude: Tensor) -> Tensor:
     """Keep the highest 8 - round(4 magnitude) of 8 bits."""
-    step = 2 ** (4 * per_image(magnitude)).round()
+    lost_bits = (4 * per_image(magnitude)).round()
+    step = 2**lost_bits
     kept = ((images * 255).round() / step).floor() * step / 255
     return torch.where(step > 1, kept, images)
 
@@ -1536,7 +1549,7 @@ def auto_contrast(images: Tensor, magnitude: Tensor) -> Tensor:
     levels = (images * 255).round().long().clamp(0, 255).flatten(2)  # (B, 3, H W)
     low = levels.amin(2, keepdim=True).double()
     high = levels.amax(2, keepdim=True).double()
-    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # as PIL; torch makes 255.0 / x a product
+    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # 255.0 / x would be rounded otherwise
     every_level = torch.arange(256, device=images.device, dtype=torch.float64)
     stretched = (every_level * scale - low * scale).floor().clamp(0, 255)
     table = torch.where(high > low, stretched, every_level) / 255  # (B, 3, 256): the new value of each level

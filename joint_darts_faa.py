@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.4", "torchvision>=0.19", "numpy", "pillow", "tqdm", "matplotlib", "scipy"]
 # ///
-"""Joint search of augmentation policy and architecture: DARTS and Faster AutoAugment in one gradient descent.
+"""Joint search of augmentation policy and architecture: DARTS and Faster AutoAugment, searched together by gradients.
 
     python joint_darts_faa.py --preset quick                       # 2 minutes on a laptop, nothing to download
     python joint_darts_faa.py --dataset cifar10 --gpu 0            # the paper's size
@@ -103,15 +103,24 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
     add = parser.add_argument_group("search").add_argument
     add("--search-epochs", type=at_least(1), default=50, help="epochs of search; the paper has 50 and 25 [P]")
-    add("--search-batch-size", type=at_least(2), default=64, help="images of D_val and of D_train per step [A: DARTS]")
+    add(
+        "--search-batch-size",
+        type=at_least(2),
+        default=64,
+        help="images of D_val and of D_train per step, over all processes [A: DARTS]",
+    )
     add("--search-images", type=at_least(4), help="search on so many of the training images; None: on all")
     add("--search-channels", type=at_least(2), default=16, help="channels of the supernet, even [A: DARTS]")
     add("--search-layers", type=at_least(3), default=8, help="cells of the supernet [A: DARTS]")
-    add("--search-only", action="store_true", help="stop after the search, with genotype.json and policy.json")
+    add("--search-only", action="store_true", help="stop after the search, with what it found")
     add("--genotype", type=os.path.expanduser, help=f"no search of alpha: {', '.join(common.GENOTYPES)}, or a file")
     add("--arch-lr", type=at_least(0.0), default=3e-4, help="Adam's learning rate for alpha [A: DARTS]")
-    add("--policy", type=os.path.expanduser, help="no search of a policy: train with this policy.json, or with `none`")
-    add("--policy-lr", type=at_least(0.0), default=1e-3, help="Adam's learning rate for z, p and mu [A: Faster AA]")
+    add(
+        "--policy",
+        type=os.path.expanduser,
+        help="no search of a policy: only the training uses this policy.json, or `none`",
+    )
+    add("--policy-lr", type=at_least(0.0), default=1e-3, help="Adam's learning rate for z, p and mu [A]")
     add("--sub-policies", type=at_least(1), default=10, help="L, sub-policies of a policy [P]")
     add("--stages", type=at_least(1), default=2, help="K, operations of a sub-policy, one after the other [P]")
 
@@ -196,7 +205,7 @@ class Policy(nn.Module):
         signs = 1 - 2 * self.signed * torch.randint(2, masks.shape, device=images.device)  # 1 or -1 for SIGNED, else 1
         magnitudes = self.mu[which] * signs  # (B, K, 16)
 
-        # [k][n]: (B,). Unbound at once, because this is cheaper to differentiate than indexing
+        # weights[k][n]: (B,), of stage k and operation n. Unbound at once: cheaper to differentiate than indexing
         weights = [stage.unbind(1) for stage in weights.unbind(1)]
         masks = [stage.unbind(1) for stage in masks.unbind(1)]
         magnitudes = [stage.unbind(1) for stage in magnitudes.unbind(1)]
@@ -207,7 +216,7 @@ class Policy(nn.Module):
                 changed = operation(images, magnitudes[k][n])
                 maybe = torch.lerp(images, changed, per_image(masks[k][n]))  # Eq. (1)
                 mixed = mixed + per_image(weights[k][n]) * maybe  # Eq. (2)
-            images = into_range(mixed)  # rounding only
+            images = into_range(mixed)  # it is, but for rounding
         return images
 
     @torch.no_grad()
@@ -238,7 +247,7 @@ def augment(images: Tensor, policy: Policy) -> Tensor:
     L, K, _ = policy.z.shape
     B = len(images)
     which = torch.randint(L, (B,), device=images.device)  # a sub-policy for every image
-    nothing = len(AUGMENTATIONS)  # the number of no operation
+    nothing = len(AUGMENTATIONS)  # stands for no operation, see apply_each
     for k in range(K):
         # A draw from Cat(selection): the argmax of selection / Exp(1). (torch.multinomial may make a GPU wait)
         selection = policy.selection()[which, k]  # (B, 16)
@@ -268,9 +277,9 @@ class State:
 
 
 class Shared(nn.Module):
-    """A layer without weights with which all edges that leave a state begin: the first edge runs it for all.
+    """The first layer of a candidate operation, without weights and the same for all edges that leave a state.
 
-    A plain tensor remembers nothing: f(x).
+    The first edge computes it, the others reuse what the State knows by this name. A plain tensor knows nothing: f(x).
     """
 
     def __init__(self, name: str, f: nn.Module):
@@ -377,7 +386,7 @@ class DartsSupernet(nn.Module):
         return [self.alphas_normal, self.alphas_reduce]
 
     def genotype(self) -> Genotype:
-        """Alg. 1, line 16: an edge's operation is its strongest [P], "none" aside [A: DARTS].
+        """Alg. 1, line 16: every edge takes its strongest operation [P], never "none" [A: DARTS].
 
         Of a node's edges the two with the strongest operations stay [A: DARTS].
         """
@@ -416,10 +425,9 @@ class JointSearch:
     def __init__(
         self, args: argparse.Namespace, data: common.Data, device: torch.device, genotype: Genotype | None = None
     ):
-        size = (args.search_channels, args.search_layers)
         stem = common.stem_for(data.train_images)
         if genotype:
-            self.net = Network(genotype, len(data.classes), *size, stem=stem)
+            self.net = Network(genotype, len(data.classes), args.search_channels, args.search_layers, stem=stem)
             self.alphas = []
         else:
             self.net = DartsSupernet(args.search_channels, len(data.classes), args.search_layers, stem)
@@ -487,7 +495,7 @@ def only_differentiate(params: list[Tensor], frozen: list[Tensor]) -> None:
 def search_step(s: JointSearch, val: tuple[Tensor, Tensor], train: tuple[Tensor, Tensor], amp: bool = False) -> Tensor:
     """One iteration of Alg. 1.
 
-    val, train: a batch of D_val and one of D_train, (images, labels), the images uint8 (B, 3, H, W). Returns L_val, its
+    val, train: a batch of D_val and one of D_train (lines 3 and 10), (images, labels), the images uint8 (B, 3, H, W). Returns L_val, its
     accuracy in %, L_train, its accuracy in %: (4,).
     """
     # Eq. (9): the policy and alpha, at the present w (xi = 0 in Eq. 8)
@@ -501,7 +509,7 @@ def search_step(s: JointSearch, val: tuple[Tensor, Tensor], train: tuple[Tensor,
     if s.alphas:
         s.alpha_optimizer.step()  # line 8
     measured = [loss_val.detach(), accuracy_val]
-    del loss_val  # with its graph, which at C=16 would hold 0.5 GiB through the second half
+    del loss_val  # and what its graph still holds
 
     # Eq. (10): w, with the new policy and alpha
     only_differentiate(s.w, frozen=s.upper)
@@ -535,13 +543,14 @@ def run_joint(args: argparse.Namespace, device: torch.device) -> None:
         copy = out / "policy.json"
         policy = load_policy(copy if copy.exists() else args.policy)
 
-    # Batches that do not fit are an error before anything is written
+    # Called for their InputError, before anything is written
     count = len(data.train_images)
     searched_images = min(args.search_images or count, count)
     if not args.search_only:
         common.batches(count, args.batch_size, 0, RANK, WORLD)
     if not (args.genotype and args.policy):
-        common.batches(searched_images // 2, args.search_batch_size, 0, RANK, WORLD)
+        for half in (searched_images // 2, searched_images - searched_images // 2):
+            common.batches(half, args.search_batch_size, 0, RANK, WORLD)
 
     if args.check:
         return
@@ -561,6 +570,7 @@ def run_joint(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def save_found(out: Path, genotype: Genotype | None, policy: Policy | None) -> None:
+    """Write genotype.json and policy.json, those that are not None."""
     if genotype:
         common.save_genotype(genotype, out / "genotype.json")
     if policy:
@@ -588,7 +598,7 @@ def search(
 
     shuffled = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(args.seed)).to(device)
     D_train, D_val = shuffled[: args.search_images].chunk(2)  # 50/50 [A: DARTS]
-    for epoch in range(len(history), args.search_epochs):
+    for epoch in range(len(history), args.search_epochs):  # Alg. 1, line 1
         begun = time.time()
         lr = cosine(args.lr, args.lr / 25, epoch / args.search_epochs)  # 0.025 to 0.001 [A: DARTS]
         s.w_optimizer.param_groups[0]["lr"] = lr
@@ -802,7 +812,7 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[
 
 
 def draw_joint(directory: "RunDirectory", genotype: Genotype, images: Tensor) -> None:
-    """images.png, cells.png, curves.png, and selection.png, the paper's Figure 2.
+    """images.png, cells.png, curves.png, and selection.png, the paper's Figure 2: the mean of softmax(z / eta).
 
     images: test images (B, 3, H, W) in [0, 1]; images.png shows what the policy does to them.
     """
@@ -935,7 +945,7 @@ def evaluate_run(args: argparse.Namespace, device: torch.device, net: nn.Module,
 
 
 def finite_means(means: Tensor, learned: list[Tensor], epoch: int, flags: str) -> list[float]:
-    """An epoch's means, over all processes. Ends the program where they or what is learned are not finite."""
+    """An epoch's means, over all processes. Ends the program if one of them or of what is learned is not finite."""
     if dist.is_initialized():
         dist.all_reduce(means)
         means = means / dist.get_world_size()
@@ -947,12 +957,12 @@ def finite_means(means: Tensor, learned: list[Tensor], epoch: int, flags: str) -
     return means.tolist()
 
 
-# Flags that do not change the result: --resume may change them
+# Flags that say where a run lies and computes: --resume may change them
 PLACES = ("out", "resume", "check", "gpu", "processes", "workers", "data_dir")
 
 
 def settings_of_run(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """Parse argv; with --resume and --evaluate the settings of the run in that directory stand below the flags.
+    """Parse argv. With --resume or --evaluate, what argv does not name comes from the run in that directory.
 
     Writes nothing. Ends the program where --out holds something else, or a flag contradicts the run that
     --resume goes on with.
@@ -991,8 +1001,8 @@ def settings_of_run(parser: argparse.ArgumentParser, argv: list[str]) -> argpars
 class RunDirectory:
     """The directory --out, made or gone on with, and locked while the process lives.
 
-    config.json: settings and versions. metrics.jsonl: `history`, one record per epoch. checkpoint.pt: what --resume
-    needs. rank, world: the number of this process and how many there are; only process 0 writes.
+    config.json: settings and versions. metrics.jsonl: `history`, one record per epoch. checkpoint.pt: `state`, what
+    --resume needs. rank, world: the number of this process and how many there are; only process 0 writes.
     """
 
     def __init__(self, args: argparse.Namespace, device: torch.device, rank: int = 0, world: int = 1):
@@ -1054,7 +1064,7 @@ class RunDirectory:
             print(json.dumps(record), file=self.log, flush=True)
 
     def costs(self) -> dict:
-        """For result.json."""
+        """Epochs, seconds and GPU hours so far, for result.json."""
         return {
             "epochs": len(self.history),
             "search_epochs": sum(record["phase"] != "train" for record in self.history),
@@ -1111,9 +1121,10 @@ def per_image(values: Tensor) -> Tensor:
 
 
 def into_range(images: Tensor) -> Tensor:
-    """clamp(0, 1) whose gradient is 1 at exactly 0 and 1, too, where that of torch.clamp is 0 since torch 2.14."""
-    near = F.hardtanh(images, -1e-6, 1 + 1e-6)
-    return near + (near.clamp(0, 1) - near).detach()
+    """clamp(0, 1), but with gradient 1 at exactly 0 and 1 (torch.clamp: 0 since torch 2.14)."""
+    out = F.hardtanh(images, -1e-6, 1 + 1e-6)
+    with torch.no_grad():
+        return out.clamp_(0, 1)
 
 
 def pixel_centers(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -1168,7 +1179,7 @@ def rotate(images: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def blend(ground: Tensor, images: Tensor, magnitude: Tensor) -> Tensor:
-    """`images` moved away from `ground` (magnitude > 0) or towards it: by the factor 1 + 0.9 magnitude."""
+    """ground + (1 + 0.9 magnitude) (images - ground): away from `ground` for magnitude > 0, towards it below 0."""
     return into_range(torch.lerp(ground, images, 1 + 0.9 * per_image(magnitude)))
 
 
@@ -1220,7 +1231,8 @@ def solarize(images: Tensor, magnitude: Tensor) -> Tensor:
 
 def posterize(images: Tensor, magnitude: Tensor) -> Tensor:
     """Keep the highest 8 - round(4 magnitude) of 8 bits."""
-    step = 2 ** (4 * per_image(magnitude)).round()
+    lost_bits = (4 * per_image(magnitude)).round()
+    step = 2**lost_bits
     kept = ((images * 255).round() / step).floor() * step / 255
     return torch.where(step > 1, kept, images)
 
@@ -1230,7 +1242,7 @@ def auto_contrast(images: Tensor, magnitude: Tensor) -> Tensor:
     levels = (images * 255).round().long().clamp(0, 255).flatten(2)  # (B, 3, H W)
     low = levels.amin(2, keepdim=True).double()
     high = levels.amax(2, keepdim=True).double()
-    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # as PIL; torch makes 255.0 / x a product
+    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # 255.0 / x would be rounded otherwise
     every_level = torch.arange(256, device=images.device, dtype=torch.float64)
     stretched = (every_level * scale - low * scale).floor().clamp(0, 255)
     table = torch.where(high > low, stretched, every_level) / 255  # (B, 3, 256): the new value of each level

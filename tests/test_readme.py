@@ -243,7 +243,7 @@ def test_figures_are_drawn_where_results_are_missing_too(name, tmp_path, monkeyp
 
 def test_sweeps_differ_from_what_they_are_read_against():
     for setting, values in table.SWEEPS.items():
-        assert values[0] < float(table.quick_value(setting)) < values[1]
+        assert values[0] < float(table.QUICK[setting]) < values[1]
 
 
 @pytest.mark.parametrize("row", table.ROWS)
@@ -252,7 +252,7 @@ def test_rows_can_be_run(row, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = table.ROWS[row].split()
     if row.startswith("lasso"):
-        assert dha.LASSO == float(table.quick_value("lasso"))
+        assert dha.LASSO == float(table.QUICK["lasso"])
         return
     own = ["--eta", "0.2", "--eta", "1", "--even"]  # of policy_start.py
     script = "joint_darts_faa" if words[0] == table.START else words[0].removesuffix(".py")
