@@ -495,8 +495,8 @@ def only_differentiate(params: list[Tensor], frozen: list[Tensor]) -> None:
 def search_step(s: JointSearch, val: tuple[Tensor, Tensor], train: tuple[Tensor, Tensor], amp: bool = False) -> Tensor:
     """One iteration of Alg. 1.
 
-    val, train: a batch of D_val and one of D_train (lines 3 and 10), (images, labels), the images uint8 (B, 3, H, W). Returns L_val, its
-    accuracy in %, L_train, its accuracy in %: (4,).
+    val, train: a batch of D_val and one of D_train (lines 3 and 10), (images, labels), the images uint8 (B, 3, H, W).
+    Returns L_val, its accuracy in %, L_train, its accuracy in %: (4,).
     """
     # Eq. (9): the policy and alpha, at the present w (xi = 0 in Eq. 8)
     only_differentiate(s.upper, frozen=s.w)

@@ -17,6 +17,7 @@ from common import (
     OPERATION_COLORS,
     PRIMITIVES,
     Cell,
+    DepthwiseConv,
     FactorizedReduce,
     Genotype,
     InputError,
@@ -382,6 +383,30 @@ def test_factorized_reduce_equals_its_definition(size, monkeypatch):
     want = torch.cat([torch.einsum("oc,bchw->bohw", w, half) for w, half in zip(weights, pair)], 1)
     torch.testing.assert_close(ours, parts(reduce, nn.BatchNorm2d)[0](want))
     assert ours.shape == (3, 8, H, W)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 9), (7, 12), (5, 6), (1, 1)], ids=str)
+@pytest.mark.parametrize("stride, dilation", [(1, 1), (1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize("k", [3, 5])
+def test_depthwise_convolution_equals_the_plain_one(k, stride, dilation, size):
+    padding = k // 2 * dilation
+    ours = DepthwiseConv(6, 6, k, stride, padding, dilation, groups=6, bias=False).double()
+    x = torch.randn(2, 6, *size, dtype=torch.float64, requires_grad=True)
+    outs = ours(x), F.conv2d(x, ours.weight, None, stride, padding, dilation, 6)
+    torch.testing.assert_close(*outs)
+    upstream = torch.randn_like(outs[1])
+    mine, plain = (torch.autograd.grad(out, (x, ours.weight), upstream) for out in outs)
+    torch.testing.assert_close(mine, plain)
+    ours.weight.requires_grad_(False)  # nothing is computed that nobody asked for
+    torch.testing.assert_close(torch.autograd.grad(ours(x), x, upstream)[0], plain[0])
+
+
+def test_depthwise_convolution_learns_under_autocast_of_the_cpu():
+    conv, x = DepthwiseConv(4, 4, 5, 1, 4, 2, groups=4, bias=False), torch.randn(2, 4, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = conv(x)
+    out.square().sum().backward()
+    assert out.dtype == torch.bfloat16 and conv.weight.grad.dtype == torch.float32
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
