@@ -318,7 +318,10 @@ class MixedOp(nn.Module):
 
     def forward(self, x: Tensor | State, weights: Tensor) -> Tensor:
         """weights (8,): the softmax of the edge's alpha, in the order of PRIMITIVES."""
-        return sum(weight * f(x) for weight, f in zip(weights[1:], self.ops))  # Eq. (5), without "none", which adds 0
+        mixed = weights.new_zeros(())
+        for weight, f in zip(weights[1:], self.ops):  # "none" adds 0
+            mixed = torch.addcmul(mixed, weight, f(x))  # Eq. (5): mixed + weight * f(x), in one pass
+        return mixed
 
 
 class DartsCell(nn.Module):
