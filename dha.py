@@ -1045,7 +1045,8 @@ def draw_dha(directory: "RunDirectory", net: SparseSupernet, p: Tensor | None) -
         nodes = range(len(net.states))
         axis.set_xticks(range(len(search)), [record["epoch"] for record in search])
         axis.set_yticks([net.kept * k + (net.kept - 1) / 2 for k in nodes], nodes)
-        axis.set(xlabel="epoch", ylabel="layer, or node (0-3: normal cell) and state that it reads")
+        what = "layer" if net.kept == 1 else "node (0-3: normal cell); numbers: the state that is read"
+        axis.set(xlabel="epoch", ylabel=what)
         figure.savefig(out / "support.png", dpi=150)
 
 
