@@ -359,6 +359,7 @@ def critic_step(s: PolicySearch, real: Tensor, labels: Tensor, source: Tensor, a
     with torch.no_grad():
         augmented = s.augmented(source)
 
+    # The critic's loss, and the classifier's
     logits, real_value = s.net(real)
     _, augmented_value = s.net(augmented)
     distance = real_value.mean() - augmented_value.mean()

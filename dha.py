@@ -498,6 +498,7 @@ class SparseSupernet(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # strengths are float32 with --amp, too
             strengths = [None if frozen else self.strength(k) for k, frozen in enumerate(self.frozen)]
 
+        # Cell by cell, each with the support and the strengths of its own nodes
         with_auxiliary = self.training and self.auxiliary is not None
         s0 = self.stem(x)
         s1 = self.stem1(s0)
@@ -542,6 +543,8 @@ class SparseSupernet(nn.Module):
         distances = (alpha - self.alpha).norm(dim=1).tolist()
         self.support = self.support_of(alpha)
         self.alpha.copy_(alpha)
+
+        # A and alpha on the new support
         for k, frozen in enumerate(self.frozen):
             if not frozen:
                 entries = [len(self.ops) * state + self.ops.index(name) for name, state in self.support[k]]
@@ -577,6 +580,8 @@ class SparseSupernet(nn.Module):
         self.support = support_of_genotype(genotype)
         if [len(pairs) for pairs in self.support] != [self.kept] * len(self.states):
             raise InputError("the genotype is not of this --space with so many --layers")
+
+        # In every cell a node keeps what it has chosen
         for cell in self.cells:
             for k, candidates in enumerate(cell.nodes, cell.first_node):
                 chosen = {f"{name}_{state}" for name, state in self.support[k]}
@@ -947,6 +952,7 @@ def save_dha(s: DHA, args: argparse.Namespace, data: common.Data, directory: "Ru
     if not args.no_da:
         save(out / "policy.json", {"operations": list(AUGMENTATIONS), "probability": p.tolist()})
 
+    # The network, with all that its user needs
     image_size = data.train_images.shape[-1]
     model = {
         "state_dict": {name: value.cpu() for name, value in net.state_dict().items()},
@@ -963,6 +969,7 @@ def save_dha(s: DHA, args: argparse.Namespace, data: common.Data, directory: "Ru
     save(out / "model.pt", model)
     draw_dha(directory, net, None if args.no_da else p)
 
+    # What the paper's table calls such a run
     method = "given genotype" if args.genotype else "DHA"
     if args.no_da:
         method += " without DA"
@@ -1018,6 +1025,7 @@ def draw_dha(directory: "RunDirectory", net: SparseSupernet, p: Tensor | None) -
     else:
         draw_cells(out / "cells.png", net.genotype())
 
+    # The policy
     if p is not None:
         figure = Figure(figsize=(7.5, 6.4), layout="constrained")
         axis = figure.subplots()

@@ -344,6 +344,7 @@ class DartsCell(nn.Module):
     def forward(self, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
         """weights (14, 8): the softmax of alpha, one row per edge, node by node."""
         states = [State(self.preprocess0(s0)), State(self.preprocess1(s1))]
+        # Node by node: the sum of its edges from all earlier states
         rows = weights.unbind(0)
         first = 0  # the number of the node's first edge
         for _ in range(NODES):
@@ -442,6 +443,7 @@ class JointSearch:
         if self.policy:
             self.upper += self.policy.parameters()
 
+        # DARTS' optimizers for w and alpha [A], Faster AutoAugment's for the policy [A]
         self.w_optimizer = torch.optim.SGD(self.w, args.lr, momentum=0.9, weight_decay=args.weight_decay)
         self.parts = {"net": self.net, "w_optimizer": self.w_optimizer}  # for the checkpoint
         if self.alphas:
@@ -654,6 +656,7 @@ def search(
 
 def train(args: argparse.Namespace, data: common.Data, device: torch.device, directory: "RunDirectory") -> Network:
     """Train the network of the run's genotype.json from scratch as DARTS does, with the run's policy.json."""
+    # The network, its optimizer, and the policy
     torch.manual_seed(args.seed)
     genotype = common.load_genotype(directory.out / "genotype.json")
     stem = common.stem_for(data.train_images)
@@ -666,6 +669,7 @@ def train(args: argparse.Namespace, data: common.Data, device: torch.device, dir
     mean, std = common.mean_std(data.train_images)
     mean, std = mean.to(device), std.to(device)
 
+    # Where a stopped run goes on
     history = directory.history
     if "train" in directory.state:
         net.load_state_dict(directory.state["train"]["net"])
@@ -694,6 +698,7 @@ def train(args: argparse.Namespace, data: common.Data, device: torch.device, dir
                 x = augment(x, policy)
             x = common.cutout(common.normalize(x, mean, std), args.cutout)
 
+            # The loss, and the auxiliary head's
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 out = net(x)
             logits, auxiliary_logits = out if isinstance(out, tuple) else (out, None)
@@ -742,6 +747,7 @@ def save_joint(
     plain = Network(genotype, len(data.classes), args.channels, args.layers, stem=stem).to(device)  # no auxiliary head
     image_size = data.train_images.shape[-1]
 
+    # What the paper's table calls such a run
     method = "given genotype" if args.genotype else "DARTS"
     if args.policy is None:
         method += " + Faster AA"
@@ -757,6 +763,7 @@ def save_joint(
         **directory.costs(),
     }
 
+    # The trained network, with all that its user needs
     if net is not None:
         plain.load_state_dict(net.state_dict(), strict=False)
         mean, std = common.mean_std(data.train_images)
