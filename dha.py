@@ -131,7 +131,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--da-weight",
         choices=["p", "ratio"],
         default="ratio",
-        help="Eq. (2) with p as printed [P], or p / p held fixed [C]",
+        help="Eq. (2): p as printed [P], or p / p held fixed [C]",
     )
     add("--da-entropy", type=at_least(0.0), default=0.3, help="lambda_H, weight of the entropy, with ratio [C]")
     add("--tau-lr", type=at_least(0.0), default=1e-3, help="step size of tau; this one suits 15,000 steps and more [C]")

@@ -103,23 +103,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
     add = parser.add_argument_group("search").add_argument
     add("--search-epochs", type=at_least(1), default=50, help="epochs of search; the paper has 50 and 25 [P]")
-    add(
-        "--search-batch-size",
-        type=at_least(2),
-        default=64,
-        help="images of D_val and of D_train per step, over all processes [A: DARTS]",
-    )
+    add("--search-batch-size", type=at_least(2), default=64, help="images per batch of the search [A: DARTS]")
     add("--search-images", type=at_least(4), help="search on so many of the training images; None: on all")
     add("--search-channels", type=at_least(2), default=16, help="channels of the supernet, even [A: DARTS]")
     add("--search-layers", type=at_least(3), default=8, help="cells of the supernet [A: DARTS]")
     add("--search-only", action="store_true", help="stop after the search, with what it found")
     add("--genotype", type=os.path.expanduser, help=f"no search of alpha: {', '.join(common.GENOTYPES)}, or a file")
     add("--arch-lr", type=at_least(0.0), default=3e-4, help="Adam's learning rate for alpha [A: DARTS]")
-    add(
-        "--policy",
-        type=os.path.expanduser,
-        help="no search of a policy: only the training uses this policy.json, or `none`",
-    )
+    add("--policy", type=os.path.expanduser, help="no policy search: the training alone uses this file, or `none`")
     add("--policy-lr", type=at_least(0.0), default=1e-3, help="Adam's learning rate for z, p and mu [A]")
     add("--sub-policies", type=at_least(1), default=10, help="L, sub-policies of a policy [P]")
     add("--stages", type=at_least(1), default=2, help="K, operations of a sub-policy, one after the other [P]")
