@@ -127,12 +127,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
     add = parser.add_argument_group("policy (Eq. 2), lr and wd (Eq. 3), architecture (Eqs. 1, 4)").add_argument
     add("--no-da", action="store_true", help="no policy: crop, flip and cutout only")
-    add(
-        "--da-weight",
-        choices=["p", "ratio"],
-        default="ratio",
-        help="Eq. (2): p as printed [P], or p / p held fixed [C]",
-    )
+    add("--da-weight", choices=["p", "ratio"], default="ratio", help="Eq. (2) as printed [P], or p / p held fixed [C]")
     add("--da-entropy", type=at_least(0.0), default=0.3, help="lambda_H, weight of the entropy, with ratio [C]")
     add("--tau-lr", type=at_least(0.0), default=1e-3, help="step size of tau; this one suits 15,000 steps and more [C]")
     add("--no-hpo", action="store_true", help="wd stays, lr falls by a cosine once the search is over [A: ISTA-NAS]")
