@@ -291,14 +291,14 @@ def ista(A: Tensor, b: Tensor, lam: float, tolerance: float = 1e-9, rounds: int 
     - after every round, jumps to the solution that the present signs of alpha allow: active_set_step.
 
     It ends when no optimality condition (KKT) is violated by more than `tolerance`, as a share of max |A^T b|, and
-    raises ArithmeticError after so many rounds. Float64 on the CPU: on a GPU it would be 15,000 small kernels.
+    raises ArithmeticError after `rounds` rounds. Float64 on the CPU: on a GPU it would be 15,000 small kernels.
     """
     A_cpu = A.double().cpu()
     G = A_cpu.mT @ A_cpu  # A^T A (..., n, n)
     c = (A_cpu.mT @ b.double().cpu().unsqueeze(-1)).squeeze(-1)  # A^T b (..., n)
-    lipschitz = (
-        torch.linalg.matrix_norm(G, 2).unsqueeze(-1).clamp(min=1e-30)
-    )  # L of Eq. (4): a Lipschitz constant (..., 1)
+
+    # L of Eq. (4) is the Lipschitz constant of the gradient (..., 1)
+    lipschitz = torch.linalg.matrix_norm(G, 2).unsqueeze(-1).clamp(min=1e-30)
     largest = c.abs().amax(-1, keepdim=True)
     lam_now = (largest / 2).clamp(min=lam)  # continuation: from here down to lam
     alpha = torch.zeros_like(c)
@@ -468,7 +468,6 @@ class SparseSupernet(nn.Module):
         self.register_buffer("alpha_S", torch.zeros(nodes, self.kept))
         self.b = nn.ParameterList(b_scale * torch.randn(CODE) for _ in range(nodes))
         self.frozen = [False] * nodes
-        self.support = [[] for _ in range(nodes)]
         self.adopt(self.decode())
 
     def build(self, channels: int, num_classes: int, layers: int, auxiliary: bool, stem: str) -> None:
@@ -483,7 +482,9 @@ class SparseSupernet(nn.Module):
                 channels *= 2
             first_node = NODES if reduction else 0
             self.cells.append(SparseCell(c_before, c_in, channels, reduction, halved, first_node))
-            c_before, c_in, halved = c_in, NODES * channels, reduction
+            c_before = c_in
+            c_in = NODES * channels
+            halved = reduction
             if auxiliary and i == self.auxiliary_at:
                 self.auxiliary = common.auxiliary_head(c_in, num_classes, stem)
         self.head = nn.Identity()
@@ -856,7 +857,8 @@ def run_dha(args: argparse.Namespace, device: torch.device) -> None:
     if args.genotype:
         copy = out / "genotype.json"
         s.prune(common.load_genotype(copy if copy.exists() else args.genotype, args.space))
-    if cost_share(s.net, s.net.support, args, image_size) > 1:
+    resumed = (out / "checkpoint.pt").exists()
+    if not resumed and cost_share(s.net, s.net.support, args, image_size) > 1:
         if args.genotype:
             raise InputError("the genotype breaks --max-params or --max-flops")
         start_within_limits(s.net, args, image_size)

@@ -363,7 +363,9 @@ class DartsSupernet(nn.Module):
             if reduction:
                 channels *= 2
             self.cells.append(DartsCell(c_before, c_in, channels, reduction, halved))
-            c_before, c_in, halved = c_in, NODES * channels, reduction
+            c_before = c_in
+            c_in = NODES * channels
+            halved = reduction
         self.classifier = nn.Linear(c_in, num_classes)
         self.alphas_normal = nn.Parameter(1e-3 * torch.randn(14, len(PRIMITIVES)))
         self.alphas_reduce = nn.Parameter(1e-3 * torch.randn(14, len(PRIMITIVES)))
