@@ -13,7 +13,8 @@ has it at the start and after each epoch; of a node's 28 candidates chance would
 With --given the node's b starts with its code, so that the support has it: is it kept?
 
 alike: Eq. 2 alone, no network; every image has the same loss, whatever its pair. Prints the step at which one
-pair has half of p(tau). tau's step and the batch are the preset's (--preset paper, --tau-lr, --batch-size).
+pair has half of p(tau). The reading of Eq. 2, tau's step and the batch are the preset's, or what --da-weight, --tau-lr
+and --batch-size say.
 """
 
 import argparse
@@ -104,7 +105,7 @@ def alike(seed: int, loss: float, steps: int, flags: list[str]) -> int | None:
     losses = torch.full((args.batch_size,), loss)
     for step in range(1, steps + 1):
         pairs = dha.sample_pairs(tau, len(losses))
-        (gradient,) = torch.autograd.grad(dha.policy_loss(tau, pairs, losses), tau)
+        (gradient,) = torch.autograd.grad(dha.policy_loss(tau, pairs, losses, args.da_weight, args.da_entropy), tau)
         tau.data -= args.tau_lr * gradient
         if tau.detach().flatten().softmax(0).max() > 0.5:
             return step
