@@ -945,7 +945,7 @@ def equalize(images: Tensor, magnitude: Tensor) -> Tensor:
     step = (levels.shape[2] - brightest) // 255
     below = histogram.cumsum(2) - histogram
     flat = ((below + step // 2) // step.clamp(min=1)).clamp(max=255)
-    table = torch.where(step > 0, flat, torch.arange(256, device=images.device)) / 255  # (B, 3, 256): as above
+    table = torch.where(step > 0, flat, torch.arange(256, device=images.device)) / 255  # (B, 3, 256)
     return table.to(images.dtype).gather(2, levels).view(images.shape)
 
 

@@ -14,12 +14,15 @@ Architecture", TMLR 2022, https://arxiv.org/abs/2109.05765; equation numbers are
 the one-stage search of ISTA-NAS (Yang et al., NeurIPS 2020). There is one network at its final size, one loss and no
 validation split, and nothing is retrained.
 
-    theta    weights                                 tau     14 x 14 logits: which pair of image operations to apply
-    lr, wd   learning rate and weight decay; eta     alpha   strengths of a node's candidates: of each operation on
-             in the paper. beta: their step sizes            each state (a cell's inputs, earlier nodes) it can read
-    b        what Adam trains, 7 numbers per node    A       random and fixed; alpha is decoded from b = A alpha
+    theta    weights
+    tau      14 x 14 logits: which pair of image operations to apply
+    lr, wd   learning rate and weight decay; together the paper's eta. beta: the sizes of their steps
+    alpha    strengths of a node's candidates: of each operation on each state (a cell's inputs, earlier nodes)
+    b        what Adam trains in place of alpha: 7 numbers per node
+    A        random and fixed; alpha is decoded from b = A alpha
 
 A node's support is what it keeps and runs: the strongest candidate of each state, and of these the two strongest.
+It is the child network of Figure 1, and changes once per epoch [A: ISTA-NAS].
 One iteration (Figure 1; its last arrow, to eta, is step 3 of the iteration after):
 
     1. draw a pair of image operations for every image from softmax(tau) and apply it
@@ -28,9 +31,10 @@ One iteration (Figure 1; its last arrow, to eta, is step 3 of the iteration afte
     4. move tau towards pairs with a large loss                                             Eq. (2)
     5. move b and theta to lower the mean loss
 
-After each epoch of search ISTA decodes alpha from b (Eq. 4), which may change the support. A node whose alpha hardly
-moves is frozen; after --search-epochs all are. Then the other candidates are deleted, and training goes on with the
-same weights.
+Before the search, and after each of its epochs but the last, ISTA decodes alpha from b (Eq. 4), which may change the
+support. A node whose alpha hardly moves is frozen: its support is final, batch norms take its strengths over, and the
+weights of what it keeps go on learning. After --search-epochs all nodes are frozen. Then the other candidates are
+deleted, and training goes on with the same weights.
 """
 
 import argparse
@@ -76,11 +80,11 @@ FREEZE_DISTANCE = 1e-3  # a node whose alpha moved no more than this in an epoch
 
 PRESETS = {
     "paper": {},  # the defaults of the flags: CIFAR-10
-    "quick": dict(
+    "quick": dict(  # [C]
         dataset="shapes", search_epochs=3, train_epochs=4, batch_size=64, channels=8, layers=3, lr=0.05, beta_lr=3e-4,
         beta_wd=1e-3, tau_lr=0.04, arch_lr=3e-3, b_scale=0.1, drop_path=0.0, auxiliary_weight=0.0, cutout=0,
     ),
-    "imagenet": dict(
+    "imagenet": dict(  # [A: DARTS; its warm-up ISTA-NAS]
         dataset="imagenet", train_epochs=250, batch_size=128, channels=48, layers=14, lr=0.1, weight_decay=3e-5,
         warmup_epochs=5, label_smoothing=0.1, drop_path=0.0, cutout=0,
     ),
@@ -127,9 +131,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
     add = parser.add_argument_group("policy (Eq. 2), lr and wd (Eq. 3), architecture (Eqs. 1, 4)").add_argument
     add("--no-da", action="store_true", help="no policy: crop, flip and cutout only")
-    add("--da-weight", choices=["p", "ratio"], default="ratio", help="Eq. (2) as printed [P], or p / p held fixed [C]")
+    add("--da-weight", choices=["p", "ratio"], default="ratio", help="p: Eq. (2) as printed [P]; ratio: ours [C]")
     add("--da-entropy", type=at_least(0.0), default=0.3, help="lambda_H, weight of the entropy, with ratio [C]")
-    add("--tau-lr", type=at_least(0.0), default=1e-3, help="step size of tau; this one suits 15,000 steps and more [C]")
+    add("--tau-lr", type=at_least(0.0), default=1e-3, help="step size of tau, for 15,000 steps and more [C]")
     add("--no-hpo", action="store_true", help="wd stays, lr falls by a cosine once the search is over [A: ISTA-NAS]")
     add("--beta-lr", type=at_least(0.0), default=1e-5, help="beta of Eq. (3), for lr [C]")
     add("--beta-wd", type=at_least(0.0), default=1e-5, help="beta of Eq. (3), for wd [C]")
@@ -200,19 +204,21 @@ def apply_pairs(images: Tensor, pairs: Tensor) -> Tensor:
     return images
 
 
-def policy_loss(tau: Tensor, pairs: Tensor, losses: Tensor, weight: str = "p", entropy_weight: float = 0.0) -> Tensor:
+def policy_loss(tau: Tensor, pairs: Tensor, losses: Tensor, weight: str, entropy_weight: float = 0.0) -> Tensor:
     """L^DA of Eq. (2). Its gradient goes to tau alone.
 
-    tau (14, 14); pairs (B,), drawn from p(tau), and losses (B,) of the same images. Two readings of p_k(tau) as "an
-    importance weight"; p_j and l_j are the probability and the mean loss of pair j:
+    tau (14, 14); pairs (B,), drawn from p(tau), and losses (B,) of the same images. The paper calls p_k(tau) "an
+    importance weight". `weight` is one of two readings; p_j and l_j are the probability and the mean loss of pair j:
 
     "p", as printed [P, A]. The pairs are drawn from p already, so that p counts twice: in the mean tau_j climbs
-    B p_j (p_j l_j - sum_i p_i^2 l_i). What is drawn more often gains, until one pair has all.
+    B p_j (p_j l_j - sum_i p_i^2 l_i). What is drawn more often gains: p stays uniform while the steps are small, and
+    ends on one pair where they are not. It is here to reproduce the paper.
 
-    "ratio" [C]. For draws from p that weight is p_k(tau) / p_k(tau held fixed): 1, with the gradient of log p_k. In the
-    mean tau_j climbs B p_j (l_j - sum_i p_i l_i): pairs that are harder than the mean gain. The batch's mean loss is
-    subtracted, which takes noise away and keeps the direction. entropy_weight, lambda_H in nats, adds the entropy H of
-    p: the maximum of sum_i p_i l_i + lambda_H H is at p_i ~ exp(l_i / lambda_H), where no pair has all.
+    "ratio", the default of this script [C]. The importance weight of a draw from p is p_k(tau) / p_k(tau held fixed),
+    whose value is 1 and whose gradient is that of log p_k. In the mean tau_j climbs B p_j (l_j - sum_i p_i l_i): pairs
+    that are harder than the mean gain. The batch's mean loss is subtracted, which takes noise away and in the mean
+    changes B to B - 1. entropy_weight, lambda_H in nats, adds the entropy H of p: the maximum of
+    sum_i p_i l_i + lambda_H H is at p_i ~ exp(l_i / lambda_H), where no pair has all.
     """
     p = tau.flatten().softmax(0)
     drawn = p.gather(0, pairs)  # p_k(tau), (B,)
@@ -253,8 +259,8 @@ def hypergradient(
     theta_plus: theta^(t+1), the weights after the step. grads: dL/dtheta there, before clipping. velocity: the
     step's v. lr: its rate. The weights and the v before the step count as constant (end of section 2.2).
 
-    L is the loss of the next batch, with the support, b and tau of that time, whose gradient the next step computes
-    anyway [C]: Eq. (3) costs no second pass (the authors' code pays one).
+    The paper takes L on "a mini-batch". Here that is the batch of the next step [C], with the support, b and tau of
+    then: its gradient is computed anyway, so that Eq. (3) costs no second pass (the authors' code pays one).
     """
     g = torch.cat([tensor.flatten() for tensor in grads])
     v = torch.cat([tensor.flatten() for tensor in velocity])
@@ -269,8 +275,8 @@ def hypergradient(
 # ---------------------------------------------------------------------------------------------------------------------
 # Architecture (section 2.3). A node of a cell adds up two operations, each of which reads a state: an input of the cell
 # or an earlier node. A candidate is an operation on a state: 7 operations on up to 5 states are up to 35 entries of
-# alpha, of which two will matter. b has 7. Sparse coding: of all alphas with A alpha = b, the one with the smallest
-# sum of absolute values nearly always has few non-zeros.
+# alpha, of which two will be kept. b has CODE = 7 numbers. Sparse coding: of all alphas with A alpha = b, the one with
+# the smallest sum of absolute values nearly always has no more non-zeros than b has numbers.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -297,7 +303,7 @@ def ista(A: Tensor, b: Tensor, lam: float, tolerance: float = 1e-9, rounds: int 
     G = A_cpu.mT @ A_cpu  # A^T A (..., n, n)
     c = (A_cpu.mT @ b.double().cpu().unsqueeze(-1)).squeeze(-1)  # A^T b (..., n)
 
-    # L of Eq. (4) is the Lipschitz constant of the gradient (..., 1)
+    # L of Eq. (4), by which it divides, is the Lipschitz constant of the gradient (..., 1). (The text has L for LASSO)
     lipschitz = torch.linalg.matrix_norm(G, 2).unsqueeze(-1).clamp(min=1e-30)
     largest = c.abs().amax(-1, keepdim=True)
     lam_now = (largest / 2).clamp(min=lam)  # continuation: from here down to lam
@@ -358,10 +364,10 @@ def select_support(alpha: Tensor, counts: list[int], kept: int, ops: tuple[str, 
     the two largest |alpha| of all, which may be on one state.
     """
     edges = alpha.abs().view(len(counts), -1, len(ops))  # (K, states, operations)
-    strength, operation = edges.max(2)  # (K, states) each
+    largest, operation = edges.max(2)  # (K, states) each
     support = []
     for k, count in enumerate(counts):
-        chosen = strength[k, :count].topk(kept).indices.sort().values
+        chosen = largest[k, :count].topk(kept).indices.sort().values
         support.append([(ops[operation[k, state]], state) for state in chosen.tolist()])
     return support
 
@@ -383,8 +389,8 @@ def batch_norms(op: nn.Module) -> list[nn.BatchNorm2d]:
 class SparseCell(nn.Module):
     """A DARTS cell with all candidates, each of which ends in a batch norm.
 
-    c_before, c_in: channels of the inputs s0 and s1; halved: s0 has twice the size of s1. first_node: the number,
-    in the supernet, of the cell's first node.
+    c_before, c_in: channels of the inputs s0 and s1; halved: s1 has half the height and width of s0. first_node: the
+    number, in the supernet, of the cell's first node.
     """
 
     def __init__(self, c_before: int, c_in: int, channels: int, reduction: bool, halved: bool, first_node: int):
@@ -448,8 +454,8 @@ class SparseSupernet(nn.Module):
         self.auxiliary_at = 2 * layers // 3
         self.build(channels, num_classes, layers, auxiliary, stem)
 
-        # A strength multiplies what a batch norm puts out, whose own scale could undo it: so its weight stays 1 and its
-        # bias 0 until the node freezes
+        # Until a node freezes all batch norms of its candidates keep weight 1 and bias 0 [A]: a scale that learns could
+        # undo the strength that follows it
         for cell in self.cells:
             for norm in batch_norms(cell.nodes):
                 norm.requires_grad_(False)
@@ -507,10 +513,10 @@ class SparseSupernet(nn.Module):
         return (logits, auxiliary_logits) if with_auxiliary else logits
 
     def strength(self, k: int) -> Tensor:
-        """The weights of what node k keeps, (kept,): section 2.3's b^T A - alpha^T E, on the support alone [A].
+        """What multiplies the outputs of node k's support, (kept,): section 2.3's b^T A - alpha^T E, cut to it [A].
 
         alpha is constant here, so that the gradient goes to b. Where alpha has no other non-zeros and b = A alpha,
-        these weights are alpha's.
+        these are the entries of alpha.
         """
         A, alpha = self.A_S[k], self.alpha_S[k]
         alpha_E = A.T @ (A @ alpha) - alpha  # E = A^T A - I, which is symmetric
@@ -561,7 +567,8 @@ class SparseSupernet(nn.Module):
     def freeze(self, k: int) -> None:
         """End the search of node k.
 
-        In every cell the last batch norm of each kept operation absorbs its strength; they learn from now on.
+        In every cell the last batch norm of each kept operation is multiplied by the operation's strength; all batch
+        norms of these operations learn from now on.
         """
         strength = self.strength(k)
         for i, op in enumerate(self.running(k, self.support)):
@@ -696,11 +703,12 @@ class DHA:
         self.net = build(args.channels, len(data.classes), args.layers, auxiliary, args.b_scale, stem)
         self.net.to(device, memory_format=torch.channels_last)
         self.theta = [p for name, p in self.net.named_parameters() if not name.startswith("b.")]
-        self.velocity = {}  # weight: its v, for those that the last step moved
+        self.velocity = {}  # weight: its v, of all that the last step moved
 
         self.b_optimizer = torch.optim.Adam(self.net.b, args.arch_lr, betas=(0.5, 0.999), weight_decay=1e-3)  # [A]
         self.tau = torch.zeros(len(AUGMENTATIONS), len(AUGMENTATIONS), device=device, requires_grad=True)  # all alike
         self.lr = torch.tensor(args.lr, device=device)  # tensors, so that no step waits for the GPU
+        self.last_lr = self.lr.clone()  # of the last step: warm-up may set lr before Eq. (3) looks back at that step
         self.wd = torch.tensor(args.weight_decay, device=device)
         mean, std = common.mean_std(data.train_images)
         self.mean = mean.to(device)
@@ -721,6 +729,7 @@ class DHA:
             "b_optimizer": self.b_optimizer.state_dict(),
             "tau": self.tau.detach(),
             "lr": self.lr,
+            "last_lr": self.last_lr,
             "wd": self.wd,
         }
 
@@ -739,6 +748,7 @@ class DHA:
         self.b_optimizer.load_state_dict(state["b_optimizer"])
         self.tau.data.copy_(state["tau"])
         self.lr.copy_(state["lr"])
+        self.last_lr.copy_(state["last_lr"])
         self.wd.copy_(state["wd"])
 
 
@@ -766,7 +776,7 @@ def train_step(s: DHA, images: Tensor, labels: Tensor, args: argparse.Namespace)
         x = apply_pairs(x, pairs)
     x = common.cutout(common.normalize(x, s.mean, s.std), args.cutout)
 
-    # 2. L_k, the loss of every image, and all gradients. None, not zero, marks the weights that did not run
+    # 2. The loss of every image, and all gradients
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
         out = s.net(x)
     logits, auxiliary_logits = out if isinstance(out, tuple) else (out, None)  # (B, classes)
@@ -777,7 +787,7 @@ def train_step(s: DHA, images: Tensor, labels: Tensor, args: argparse.Namespace)
         losses = losses + args.auxiliary_weight * auxiliary_losses
 
     for p in [*s.theta, *s.net.b, s.tau]:
-        p.grad = None
+        p.grad = None  # so it stays where a weight does not run
     losses.mean().backward()
     if not args.no_da:
         policy_loss(s.tau, pairs, losses, args.da_weight, args.da_entropy).backward()  # Eq. (2)
@@ -788,22 +798,23 @@ def train_step(s: DHA, images: Tensor, labels: Tensor, args: argparse.Namespace)
     #    how that step's lr and wd should have differed. Only weights that moved then and ran now have a say
     moved = [p for p in ran if p in s.velocity]
     if moved and not args.no_hpo:
-        d_lr, d_wd = hypergradient([p.grad for p in moved], [s.velocity[p] for p in moved], moved, s.lr)
+        d_lr, d_wd = hypergradient([p.grad for p in moved], [s.velocity[p] for p in moved], moved, s.last_lr)
         lr_change = (args.beta_lr * d_lr).clamp(-MAX_LR_CHANGE * s.lr, MAX_LR_CHANGE * s.lr)
         wd_change = (args.beta_wd * d_wd).clamp(-MAX_WD_CHANGE, MAX_WD_CHANGE)
         s.lr.sub_(lr_change).clamp_(*LR_RANGE)  # Eq. (3)
         s.wd.sub_(wd_change).clamp_(*WD_RANGE)  # Eq. (3)
 
-    # 4. The policy. Eq. (2) sums over the whole batch, of whose shares average_gradients took the mean: times WORLD
+    # 4. The policy. Eq. (2) is a sum over the batch; average_gradients made it the mean of WORLD processes' sums
     if not args.no_da:
         with torch.no_grad():
             s.tau -= args.tau_lr * WORLD * s.tau.grad
 
-    # 5. b, and the weights. The v of a weight that did not run in the last step starts at 0 [C]
+    # 5. b, and the weights. A weight that did not run in the last step starts with v = 0 [C]
     s.b_optimizer.step()
     nn.utils.clip_grad_norm_(ran, GRAD_CLIP)
     s.velocity = {p: s.velocity[p] if p in s.velocity else torch.zeros_like(p) for p in ran}
     sgd_step(ran, [p.grad for p in ran], list(s.velocity.values()), s.lr, s.wd)
+    s.last_lr.copy_(s.lr)
 
     accuracy = 100 * (logits.argmax(1) == labels).float().mean()
     return torch.stack([losses.mean(), accuracy]).detach()
@@ -826,7 +837,7 @@ def decode_and_freeze(s: DHA, args: argparse.Namespace, image_size: int, last: b
             print("the new support breaks --max-params or --max-flops: the old one stays")
             return None
         distances = s.net.adopt(alpha)
-        chosen = s.net.alpha_S.any(1).tolist()  # an alpha of zeros has chosen nothing yet
+        chosen = s.net.alpha_S.any(1).tolist()  # where alpha is 0 on the support nothing is chosen yet
         settled = [k for k in searched if distances[k] <= FREEZE_DISTANCE and chosen[k]]
 
     for k in settled:
@@ -881,13 +892,15 @@ def run_dha(args: argparse.Namespace, device: torch.device) -> None:
         s.net.drop_path_prob = args.drop_path * progress
         if args.no_hpo:  # constant while searching, then from lr to lr / 25 along half a cosine [A: ISTA-NAS]
             s.lr.fill_(args.lr * (0.04 + 0.96 * (1 + math.cos(math.pi * progress)) / 2))
-        if epoch < args.warmup_epochs:  # Eq. (3) moves it from here
+        if epoch < args.warmup_epochs:  # each of these epochs starts at its own lr; within it Eq. (3) moves lr
             s.lr.fill_(args.lr * (epoch + 1) / args.warmup_epochs)
 
-        # One seed per epoch: a resumed run goes on as if it had never stopped. Eq. (3) wants a next batch that is
-        # independent of those in v: batches of one permutation share no image, which makes lr fall too early
+        # One seed per epoch: a resumed run goes on as if it had never stopped
         seed = 100_003 * args.seed + epoch
         torch.manual_seed(1_009 * seed + RANK)
+
+        # With Eq. (3) each batch is drawn from all images, so that an epoch may see an image twice [C]: the next batch
+        # must be independent of those in v. Batches of one permutation share no image, which biases dL/dlr upwards
         independent = not args.no_hpo
         order = common.batches(len(data.train_images), args.batch_size, seed, RANK, WORLD, independent).to(device)
         batches = common.loader(data.train_images, data.train_labels, order, train=True)
@@ -914,7 +927,7 @@ def run_dha(args: argparse.Namespace, device: torch.device) -> None:
             "lr": float(s.lr),
             "wd": float(s.wd),
             "entropy": entropy,  # of p(tau), in nats; 5.278 when all pairs are alike
-            "frozen": sum(s.net.frozen),  # in this epoch, as the support
+            "frozen": sum(s.net.frozen),  # as it was in this epoch, before decode_and_freeze; so is the support
             "skip_connects": skips,
             "support": s.net.support,
         }
@@ -966,7 +979,7 @@ def save_dha(s: DHA, args: argparse.Namespace, data: common.Data, directory: "Ru
     save(out / "model.pt", model)
     draw_dha(directory, net, None if args.no_da else p)
 
-    # What the paper's table calls such a run
+    # A name for the run. Table 1 has One-Stage ISTA and DHA
     method = "given genotype" if args.genotype else "DHA"
     if args.no_da:
         method += " without DA"
@@ -1570,7 +1583,7 @@ def equalize(images: Tensor, magnitude: Tensor) -> Tensor:
     step = (levels.shape[2] - brightest) // 255
     below = histogram.cumsum(2) - histogram
     flat = ((below + step // 2) // step.clamp(min=1)).clamp(max=255)
-    table = torch.where(step > 0, flat, torch.arange(256, device=images.device)) / 255  # (B, 3, 256): as above
+    table = torch.where(step > 0, flat, torch.arange(256, device=images.device)) / 255  # (B, 3, 256)
     return table.to(images.dtype).gather(2, levels).view(images.shape)
 
 

@@ -183,21 +183,24 @@ def test_a_step_moves_the_weights_by_v_and_eta_against_its_gradient(
     for name, value in (("MAX_LR_CHANGE", lr_change), ("MAX_WD_CHANGE", wd_change), ("GRAD_CLIP", 0.1)):
         monkeypatch.setattr(dha, name, value)
     s, data, args = tiny("--beta-lr", str(beta_lr), "--beta-wd", str(beta_wd))
-    seen, real = [], dha.hypergradient
+    seen, real, rates = [], dha.hypergradient, []
     norm = lambda: torch.cat([p.grad.flatten() for p in s.theta if p.grad is not None]).norm()
 
     def spy(grads, velocity, theta, lr):
         held = [s.velocity[p] for p in theta]  # the last update's v, of what ran then and now
         assert all(g is p.grad and v is w for g, p, v, w in zip(grads, theta, velocity, held, strict=True))
-        assert norm() > 0.2 and lr is s.lr  # not yet clipped
+        assert norm() > 0.2 and float(lr) == rates[-1]  # not yet clipped; the rate of the last step
         seen.append((theta, *real(grads, velocity, theta, lr)))
         return seen[-1][1:]
 
     monkeypatch.setattr(dha, "hypergradient", spy)
     for i in range(4):
+        if i == 3:
+            s.lr.fill_(0.03)  # as a warm-up does between two epochs
         before, lr, wd = {p: p.detach().clone() for p in s.theta}, float(s.lr), float(s.wd)
         velocity = {p: v.clone() for p, v in s.velocity.items()}
         steps(s, data, args, 1, i)
+        rates.append(float(s.lr))
         assert norm() <= 0.1001
         for p, old in before.items():
             v = 0 if p.grad is None else 0.9 * velocity.get(p, 0) + p.grad + s.wd * old
@@ -230,7 +233,7 @@ def test_without_hpo_eta_stays():
 def test_policy_gradient_is_that_of_the_written_out_sum():
     tau = (0.3 * torch.randn(14, 14, dtype=torch.float64)).requires_grad_()
     pairs, losses = torch.randint(196, (64,)), torch.rand(64, dtype=torch.float64) * 3
-    mine = dha.policy_loss(tau, pairs, losses.requires_grad_())
+    mine = dha.policy_loss(tau, pairs, losses.requires_grad_(), "p")
     mine.backward()
     assert losses.grad is None  # L_k is a constant
     leaf = tau.detach().clone().requires_grad_()
