@@ -9,15 +9,17 @@
     python baseline_sequential.py --resume --out runs/baseline_sequential-cifar10-seed0
     python baseline_sequential.py --compare runs/*                               # a table of runs of any script
 
-Every part but one is a run of joint_darts_faa.py or dha.py, so that both sides of a comparison share their code:
+Every part but one is a run of joint_darts_faa.py or dha.py, so that both sides of a comparison share their code
+(Faster AutoAugment's policy and operations are copies of those in joint_darts_faa.py):
 
     faa-darts   1. Faster AutoAugment (here): policy.json      2. joint_darts_faa.py --policy policy.json: DARTS, then
                                                                   training with that policy
     darts       1. joint_darts_faa.py --policy none
     dha         1. dha.py --no-da --no-hpo --train-epochs 0: genotype.json      2. dha.py --genotype genotype.json
 
-faa-darts and darts are the baselines of Kashima et al. (https://arxiv.org/abs/2012.09407), dha is the "Sequential
-DHA" of Zhou et al. (https://arxiv.org/abs/2109.05765). Flags that --help does not list are passed on to these runs.
+faa-darts and darts are "Baseline" and "DARTS" of Kashima et al. (https://arxiv.org/abs/2012.09407), dha is the
+"Sequential DHA" of Zhou et al. (https://arxiv.org/abs/2109.05765). Flags that --help does not list are passed on to
+these runs.
 
 Faster AutoAugment is Hataya et al., ECCV 2020, https://arxiv.org/abs/1911.06987. A WideResNet-40-2 with two heads, a
 critic and a classifier, judges the policy. z (logit of an operation's selection), p (probability that it is then
@@ -161,7 +163,8 @@ def at_least(low: float, below: float = math.inf):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The policy. Its 16 operations (AUGMENTATIONS, SIGNED) and their helpers (per_image, into_range) are at the end.
+# The policy, as in joint_darts_faa.py. Its 16 operations (AUGMENTATIONS, SIGNED) and their helpers (per_image,
+# into_range) are at the end.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -176,12 +179,12 @@ def relaxed_bernoulli(p: Tensor, temperature: float = 0.1) -> Tensor:
 
 
 class Policy(nn.Module):
-    """An augmentation policy, differentiable: images (B, 3, H, W) float in [0, 1] to the same.
+    """An augmentation policy, differentiable. Takes and returns images (B, 3, H, W), float in [0, 1].
 
     z, p, mu: (L, K, 16) each, so 3 * 16 * K * L parameters: for every sub-policy, stage and operation the logit of
     its selection, the probability that it is applied and its magnitude in [0, 1]; all from U(0, 1) at the start [A].
     eta: temperature of the selection [A]. Every image draws its own sub-policy [C] (Faster AutoAugment: one for a
-    chunk of the batch), and a sign for the magnitude of every operation in SIGNED.
+    chunk of the batch). It also draws the sign of mu for every operation in SIGNED [A].
     """
 
     def __init__(self, sub_policies: int = 10, stages: int = 2, eta: float = 0.05):
@@ -213,12 +216,15 @@ class Policy(nn.Module):
                 changed = operation(images, magnitudes[k][n])
                 maybe = torch.lerp(images, changed, per_image(masks[k][n]))  # Eq. (1)
                 mixed = mixed + per_image(weights[k][n]) * maybe  # Eq. (2)
-            images = into_range(mixed)  # it is, but for rounding
+            images = into_range(mixed)  # a mean of images in [0, 1] leaves it by rounding at most
         return images
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """p and mu back into [0, 1], after a step [C]. A p that reaches 0 or 1 stays there: its gradient is 0."""
+        """p and mu back into [0, 1], after a step [C].
+
+        A p that reaches 0 or 1 stays there, because the coin of Eq. (1) has no gradient at these values.
+        """
         self.p.clamp_(0, 1)
         self.mu.clamp_(0, 1)
 
@@ -308,8 +314,8 @@ def gradient_penalty(critic: Callable, real: Tensor, augmented: Tensor, share: T
 
     x is share * real + (1 - share) * augmented, (B, 3, H, W); share: (B,) in [0, 1]; critic: images to values (B,).
     Differentiable in the critic's parameters. The norm is over a whole image, as Gulrajani et al. have it [C]; Faster
-    AutoAugment's code takes one per pixel. Batch norm links the images: the gradient at an image also contains its
-    effect on the values of the others.
+    AutoAugment's code takes one per pixel. Batch norm links the images: this is the gradient of the sum of all values,
+    not of an image's own value alone.
     """
     share = share.view(-1, 1, 1, 1)
     x = (share * real + (1 - share) * augmented).detach().requires_grad_(True)

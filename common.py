@@ -760,8 +760,9 @@ def auxiliary_head(c_in: int, num_classes: int, stem: str = "cifar") -> nn.Seque
 class Cell(nn.Module):
     """One cell of a genotype.
 
-    s0 (B, c_before, H, W) and s1 (B, c_in, H, W), the outputs of the last two cells, to (B, c_out, H, W) with c_out =
-    channels * len(concat). halved: s0 is twice as large as s1. reduction: the output is half as large.
+    s0 and s1, the outputs of the cell before last and of the last one, with c_before and c_in channels, to
+    (B, channels * len(concat), H, W). s1 is (B, c_in, H, W), and so is s0 but for its channels; with `halved` s0 has
+    twice the height and width. With `reduction` the output has half of H and W.
     """
 
     def __init__(self, genotype: Genotype, c_before: int, c_in: int, channels: int, reduction: bool, halved: bool):

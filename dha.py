@@ -144,7 +144,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--max-params", type=at_least(1), help="Eq. (1): reject supports whose network has more parameters")
     add("--max-flops", type=at_least(1), help="Eq. (1): reject supports with more multiply-adds per image")
 
-    # The preset stands below the flags that are given
+    # The preset replaces defaults; flags that are given win
     given = parser.parse_known_args(argv)[0]
     parser.set_defaults(**PRESETS[given.preset])
     if given.space == "mobilenet":

@@ -13,10 +13,11 @@ Paper: Kashima, Yamada, Saito, "Joint Search of Data Augmentation Policies and N
 https://arxiv.org/abs/2012.09407; equation numbers are the paper's. Its parts are DARTS (Liu et al., ICLR 2019, first
 order) and Faster AutoAugment (Hataya et al., ECCV 2020, without its critic).
 
-    w       weights of the network                   z     logit of an operation's selection, in the policy
-    alpha   logits of an edge's 8 operations         p     probability that it is applied once it is selected
-    L, K    a policy has L sub-policies, each        mu    its magnitude
-            of K stages                              eta   temperature of the selection
+    w       weights of the network
+    alpha   logits of the 8 operations of an edge
+    L, K    number of sub-policies of the policy, and of stages of a sub-policy
+    z       logit of an operation's selection, in a stage of a sub-policy. eta: temperature of the selection
+    p, mu   probability that an operation is applied once it is selected, and how strongly
 
 The training images are split in two, D_train and D_val. One iteration (Alg. 1):
 
@@ -24,10 +25,11 @@ The training images are split in two, D_train and D_val. One iteration (Alg. 1):
     2. in each stage an image becomes the weighted sum of what all 16 operations make of it        Eqs. (1) to (3)
     3. in the network every edge is the weighted sum of its candidate operations                   Eq. (5)
     4. move z, p, mu and alpha to lower the loss: one backward pass, w fixed (xi = 0)              Eqs. (8), (9)
-    5. take a batch of D_train, do steps 1 to 3 with it, and move w to lower the loss              Eq. (10)
+    5. take a batch of D_train, treat it as in 1 to 3, and move w to lower the loss                Eq. (10)
 
 After the search the strongest operations make a network. It is trained from scratch with the policy, which now draws
-its operations instead of weighting them.
+its operations instead of weighting them. Images are cropped and flipped before the policy, always; cutout follows it,
+in this training alone [C].
 """
 
 import argparse
@@ -60,7 +62,8 @@ except (ImportError, ValueError):
     Figure = None  # no figures
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Settings. [P]: the paper. [A]: public code of DARTS or Faster AutoAugment. [C]: our choice, because neither says.
+# Settings. [P]: the paper. [A]: public code of DARTS or Faster AutoAugment. [C]: our choice, where neither says or we
+# depart from both.
 # ---------------------------------------------------------------------------------------------------------------------
 
 GRAD_CLIP = 5.0  # largest norm of the weights' gradient [A: DARTS]
@@ -110,12 +113,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--search-only", action="store_true", help="stop after the search, with what it found")
     add("--genotype", type=os.path.expanduser, help=f"no search of alpha: {', '.join(common.GENOTYPES)}, or a file")
     add("--arch-lr", type=at_least(0.0), default=3e-4, help="Adam's learning rate for alpha [A: DARTS]")
-    add("--policy", type=os.path.expanduser, help="no policy search: the training alone uses this file, or `none`")
+    add("--policy", type=os.path.expanduser, help="no policy search: the training uses this file, or `none`")
     add("--policy-lr", type=at_least(0.0), default=1e-3, help="Adam's learning rate for z, p and mu [A]")
     add("--sub-policies", type=at_least(1), default=10, help="L, sub-policies of a policy [P]")
     add("--stages", type=at_least(1), default=2, help="K, operations of a sub-policy, one after the other [P]")
 
-    add = parser.add_argument_group("training (--lr and --weight-decay: of the search's w, too)").add_argument
+    add = parser.add_argument_group("training (--lr and --weight-decay also move w in the search)").add_argument
     add("--train-epochs", type=at_least(0), default=600, help="epochs of training [P]")
     add("--batch-size", type=at_least(2), default=96, help="images per step, over all processes [A: DARTS]")
     add("--channels", type=at_least(2), default=36, help="channels of the first cells, even [A: DARTS]")
@@ -128,7 +131,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--drop-path", type=at_least(0.0, 1.0), default=0.2, help="probability at the end of training [A: DARTS]")
     add("--cutout", type=at_least(0), default=16, help="side of the square, in pixels [A: DARTS]")
 
-    # The preset stands below the flags that are given
+    # The preset replaces defaults; flags that are given win
     preset = parser.parse_known_args(argv)[0].preset
     parser.set_defaults(**PRESETS[preset])
     args = settings_of_run(parser, argv)
@@ -170,12 +173,12 @@ def relaxed_bernoulli(p: Tensor, temperature: float = 0.1) -> Tensor:
 
 
 class Policy(nn.Module):
-    """An augmentation policy, differentiable: images (B, 3, H, W) float in [0, 1] to the same.
+    """An augmentation policy, differentiable. Takes and returns images (B, 3, H, W), float in [0, 1].
 
     z, p, mu: (L, K, 16) each, so 3 * 16 * K * L parameters: for every sub-policy, stage and operation the logit of
     its selection, the probability that it is applied and its magnitude in [0, 1]; all from U(0, 1) at the start [A].
     eta: temperature of the selection [A]. Every image draws its own sub-policy [C] (Faster AutoAugment: one for a
-    chunk of the batch), and a sign for the magnitude of every operation in SIGNED.
+    chunk of the batch). It also draws the sign of mu for every operation in SIGNED [A].
     """
 
     def __init__(self, sub_policies: int = 10, stages: int = 2, eta: float = 0.05):
@@ -207,12 +210,15 @@ class Policy(nn.Module):
                 changed = operation(images, magnitudes[k][n])
                 maybe = torch.lerp(images, changed, per_image(masks[k][n]))  # Eq. (1)
                 mixed = mixed + per_image(weights[k][n]) * maybe  # Eq. (2)
-            images = into_range(mixed)  # it is, but for rounding
+            images = into_range(mixed)  # a mean of images in [0, 1] leaves it by rounding at most
         return images
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """p and mu back into [0, 1], after a step [C]. A p that reaches 0 or 1 stays there: its gradient is 0."""
+        """p and mu back into [0, 1], after a step [C].
+
+        A p that reaches 0 or 1 stays there, because the coin of Eq. (1) has no gradient at these values.
+        """
         self.p.clamp_(0, 1)
         self.mu.clamp_(0, 1)
 
@@ -234,13 +240,14 @@ class Policy(nn.Module):
 
 @torch.no_grad()
 def augment(images: Tensor, policy: Policy) -> Tensor:
-    """The policy after the search, when operations are drawn: images (B, 3, H, W) in [0, 1], to the same."""
+    """The policy after the search, when operations are drawn. Takes and returns images (B, 3, H, W) in [0, 1]."""
     L, K, _ = policy.z.shape
     B = len(images)
     which = torch.randint(L, (B,), device=images.device)  # a sub-policy for every image
     nothing = len(AUGMENTATIONS)  # stands for no operation, see apply_each
     for k in range(K):
-        # A draw from Cat(selection): the argmax of selection / Exp(1). (torch.multinomial may make a GPU wait)
+        # A draw from Cat(selection). The argmax of selection_n / e_n, with e_n from Exp(1), is n with probability
+        # selection_n: the Gumbel-max trick. (torch.multinomial may make a GPU wait)
         selection = policy.selection()[which, k]  # (B, 16)
         drawn = (selection / torch.empty_like(selection).exponential_()).argmax(1)
 
@@ -260,7 +267,7 @@ NODES = 4  # of a cell; node j reads the states 0 .. j + 1, of which 0 and 1 are
 
 
 class State:
-    """A node's output x, and what Shared layers made of it. (This and Shared save time, and change no result.)"""
+    """A state x of a cell, and what Shared layers made of it, by name. (Both save time, and change no result.)"""
 
     def __init__(self, x: Tensor):
         self.x = x
@@ -268,9 +275,10 @@ class State:
 
 
 class Shared(nn.Module):
-    """The first layer of a candidate operation, without weights and the same for all edges that leave a state.
+    """The beginning of a candidate operation, without weights: ReLU, pool and batch norm, or identity.
 
-    The first edge computes it, the others reuse what the State knows by this name. A plain tensor knows nothing: f(x).
+    All candidates that read a state and have it in common share its result: the first computes it, the others find it
+    in the State by this name. For a plain tensor it is just f(x).
     """
 
     def __init__(self, name: str, f: nn.Module):
@@ -289,7 +297,7 @@ class Shared(nn.Module):
 def candidate(name: str, channels: int, stride: int) -> nn.Sequential:
     """One of PRIMITIVES[1:] as in DARTS' search: batch norms without weights, and one after each pool.
 
-    It begins with a Shared layer.
+    It begins with what it shares with other candidates.
     """
     layers = list(common.operation(name, channels, stride, affine=False))
     if name.endswith("pool_3x3"):
@@ -297,7 +305,7 @@ def candidate(name: str, channels: int, stride: int) -> nn.Sequential:
         return nn.Sequential(Shared(name, pool))
     if name == "skip_connect":
         return nn.Sequential(Shared("itself", nn.Identity()), *layers)  # unwraps the State
-    return nn.Sequential(Shared("relu", layers[0]), *layers[1:])
+    return nn.Sequential(Shared("relu", layers[0]), *layers[1:])  # all convolutions begin with a ReLU
 
 
 class MixedOp(nn.Module):
@@ -318,8 +326,9 @@ class MixedOp(nn.Module):
 class DartsCell(nn.Module):
     """A cell whose 14 edges all carry the mixed operation.
 
-    s0 (B, c_before, H, W) and s1 (B, c_in, H, W), the outputs of the last two cells, to (B, 4 * channels, H, W).
-    halved: s0 is twice as large as s1. reduction: the output is half as large.
+    s0 and s1, the outputs of the cell before last and of the last one, with c_before and c_in channels, to
+    (B, 4 * channels, H, W). s1 is (B, c_in, H, W), and so is s0 but for its channels; with `halved` s0 has twice the
+    height and width. With `reduction` the output has half of H and W.
     """
 
     def __init__(self, c_before: int, c_in: int, channels: int, reduction: bool, halved: bool):
@@ -432,7 +441,7 @@ class JointSearch:
         self.net.to(device, memory_format=torch.channels_last)
         self.w = [parameter for name, parameter in self.net.named_parameters() if not name.startswith("alphas")]
         self.policy = None if args.policy else Policy(args.sub_policies, args.stages).to(device)
-        self.upper = list(self.alphas)  # what Eq. (9), the upper level, moves
+        self.upper = list(self.alphas)  # what Eq. (9) moves; the upper level of Eq. (8)
         if self.policy:
             self.upper += self.policy.parameters()
 
@@ -458,7 +467,10 @@ class JointSearch:
             part.load_state_dict(state[name])
 
     def loss(self, images: Tensor, labels: Tensor, amp: bool) -> tuple[Tensor, Tensor]:
-        """L(w, alpha, z, p, mu), the cross-entropy, and the accuracy in %. images uint8 (B, 3, H, W), labels (B,)."""
+        """(loss, accuracy in %). The loss L(w, alpha, z, p, mu) is the cross-entropy.
+
+        images uint8 (B, 3, H, W), labels (B,).
+        """
         x = images / 255
         if self.policy:
             x = self.policy(x)  # Eq. (2): Alg. 1, lines 4 and 11
@@ -494,7 +506,7 @@ def search_step(s: JointSearch, val: tuple[Tensor, Tensor], train: tuple[Tensor,
     """One iteration of Alg. 1.
 
     val, train: a batch of D_val and one of D_train (lines 3 and 10), (images, labels), the images uint8 (B, 3, H, W).
-    Returns L_val, its accuracy in %, L_train, its accuracy in %: (4,).
+    Returns (4,): loss and accuracy in % on the batch of D_val, then on that of D_train.
     """
     # Eq. (9): the policy and alpha, at the present w (xi = 0 in Eq. 8)
     only_differentiate(s.upper, frozen=s.w)
@@ -514,7 +526,7 @@ def search_step(s: JointSearch, val: tuple[Tensor, Tensor], train: tuple[Tensor,
     loss_train, accuracy_train = s.loss(*train, amp)  # lines 11 and 12
     loss_train.backward()  # line 13
     average_gradients(s.w)
-    nn.utils.clip_grad_norm_(s.w, GRAD_CLIP)
+    nn.utils.clip_grad_norm_(s.w, GRAD_CLIP)  # [A: DARTS], not in Alg. 1
     s.w_optimizer.step()  # line 14
     return torch.stack([*measured, loss_train.detach(), accuracy_train])
 
@@ -541,7 +553,7 @@ def run_joint(args: argparse.Namespace, device: torch.device) -> None:
         copy = out / "policy.json"
         policy = load_policy(copy if copy.exists() else args.policy)
 
-    # Called for their InputError, before anything is written
+    # Too few images for a batch raise InputError here, before anything is written
     count = len(data.train_images)
     searched_images = min(args.search_images or count, count)
     if not args.search_only:
@@ -641,14 +653,14 @@ def search(
             f"L_val {val_loss:.3f} {val_accuracy:.1f} %  lr {lr:.4f}  normal cell: {skips} of 8 skip"
         )
         if skips > 4 and not genotype:
-            print("warning: most operations of the normal cell are skip-connections: the search collapses.")
-            print("metrics.jsonl has the genotype of every epoch; a run with fewer --search-epochs ends before it")
+            print("warning: most operations of the normal cell are skip-connections: the search may be collapsing.")
+            print("metrics.jsonl has the genotype of every epoch: --genotype trains an earlier one")
         directory.end_epoch(record, time.time() - begun, search=s.state_dict())
     return s
 
 
 def train(args: argparse.Namespace, data: common.Data, device: torch.device, directory: "RunDirectory") -> Network:
-    """Train the network of the run's genotype.json from scratch as DARTS does, with the run's policy.json."""
+    """Train the network of the run's genotype.json from scratch as DARTS does, with its policy.json if it has one."""
     # The network, its optimizer, and the policy
     torch.manual_seed(args.seed)
     genotype = common.load_genotype(directory.out / "genotype.json")
@@ -685,7 +697,7 @@ def train(args: argparse.Namespace, data: common.Data, device: torch.device, dir
         batches = common.loader(data.train_images, data.train_labels, order, train=True)
         totals = torch.zeros(2, device=device)
         for images, labels in tqdm(batches, f"train {epoch + 1}", len(order), leave=False, disable=QUIET):
-            # Crop and flip, the policy, cutout
+            # The images are cropped and flipped already. Now the policy, then cutout
             x = images / 255
             if policy:
                 x = augment(x, policy)
@@ -740,7 +752,7 @@ def save_joint(
     plain = Network(genotype, len(data.classes), args.channels, args.layers, stem=stem).to(device)  # no auxiliary head
     image_size = data.train_images.shape[-1]
 
-    # What the paper's table calls such a run
+    # A name for the run. "DARTS + Faster AA" is Table 1's "Ours"
     method = "given genotype" if args.genotype else "DARTS"
     if args.policy is None:
         method += " + Faster AA"
@@ -815,9 +827,10 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[
 
 
 def draw_joint(directory: "RunDirectory", genotype: Genotype, images: Tensor) -> None:
-    """images.png, cells.png, curves.png, and selection.png, the paper's Figure 2: the mean of softmax(z / eta).
+    """images.png, cells.png, curves.png, and selection.png, the paper's Figure 2.
 
-    images: test images (B, 3, H, W) in [0, 1]; images.png shows what the policy does to them.
+    selection.png has softmax(z / eta), its mean over sub-policies and stages [C]. images: test images (B, 3, H, W) in
+    [0, 1]; images.png shows what the policy does to them.
     """
     out, history = directory.out, directory.history
     if (out / "policy.json").exists():
