@@ -37,7 +37,7 @@ SEARCHED = f"{SMALL} --search-epochs 40 --train-epochs 200"
 GIVEN = f"{SMALL} --train-epochs 240 --genotype OUT/genotype-SEED.json"
 STEPS = "--tau-lr 0.02 --beta-lr 0.0005"  # chosen on seeds 100 and 101, by what entropy and lr come to
 JOINT = f"{SEARCHED} --search-images 500 --search-batch-size 50"
-LARGER = f"{DATA} --limit-train 2000 --channels 16 --search-epochs 20 --train-epochs 100"
+LARGER = f"{DATA} --limit-train 2000 --channels 24 --search-epochs 20 --train-epochs 180"
 
 TABLES = {  # table: row: command. SEED and OUT are filled in
     "dha": {
@@ -53,7 +53,7 @@ TABLES = {  # table: row: command. SEED and OUT are filled in
     },
     "larger": {
         "One-Stage ISTA": f"dha.py {LARGER} --no-da --no-hpo",
-        "DHA": f"dha.py {LARGER} {STEPS}",
+        "DHA": f"dha.py {LARGER} --tau-lr 0.02 --beta-lr 0.00015",
     },
     "joint": {
         "random genotype": f"joint_darts_faa.py {JOINT} --policy none --genotype OUT/genotype-SEED.json",
@@ -64,7 +64,7 @@ TABLES = {  # table: row: command. SEED and OUT are filled in
     },
 }
 READ_AGAINST = {
-    "dha": ["One-Stage ISTA", "random pairs"],
+    "dha": ["One-Stage ISTA", "random pairs", "DHA"],
     "larger": ["One-Stage ISTA"],
     "joint": ["DARTS", "random policy"],
 }
@@ -92,6 +92,19 @@ def kept_results(name: str, row: str) -> dict[int, dict]:
     lines = path.read_text().splitlines() if path.exists() else []
     results = [json.loads(line) for line in lines]
     return {result["seed"]: result for result in results if result["row"] == row}
+
+
+def draws(path: Path) -> dict[str, float] | None:
+    """How often an operation is drawn, as a share of all draws, by the policy.json of a run; None without one."""
+    if not path.exists():
+        return None
+    policy = json.loads(path.read_text())
+    if "probability" in policy:  # of dha's pairs: as the first, and as the second of a pair
+        p = torch.tensor(policy["probability"])
+        shares = (p.sum(0) + p.sum(1)) / 2
+    else:
+        shares = torch.tensor(policy["selection"]).mean((0, 1))
+    return {name: round(float(share), 4) for name, share in zip(policy["operations"], shares)}
 
 
 def run(name: str, row: str, seed: int, mine: argparse.Namespace) -> None:
@@ -129,6 +142,7 @@ def run(name: str, row: str, seed: int, mine: argparse.Namespace) -> None:
         "test_images": int(count),
         **{key: found[key] for key in ("params", "seconds", "search_seconds", "genotype")},
         "last_epoch": last,
+        "draws": draws(ROOT / out / "policy.json"),
         "command": f"python {command}",
         **{key: about[key] for key in ("torch", "torchvision", "device", "git_commit")},
     }
