@@ -37,7 +37,7 @@ SEARCHED = f"{SMALL} --search-epochs 40 --train-epochs 200"
 GIVEN = f"{SMALL} --train-epochs 240 --genotype OUT/genotype-SEED.json"
 STEPS = "--tau-lr 0.02 --beta-lr 0.0005"  # chosen on seeds 100 and 101, by what entropy and lr come to
 JOINT = f"{SEARCHED} --search-images 500 --search-batch-size 50"
-LARGER = f"{DATA} --limit-train 2000 --channels 24 --search-epochs 20 --train-epochs 180"
+LARGER = f"{DATA} --limit-train 2000 --channels 24 --search-epochs 20 --train-epochs 120"
 
 TABLES = {  # table: row: command. SEED and OUT are filled in
     "dha": {
@@ -53,7 +53,7 @@ TABLES = {  # table: row: command. SEED and OUT are filled in
     },
     "larger": {
         "One-Stage ISTA": f"dha.py {LARGER} --no-da --no-hpo",
-        "DHA": f"dha.py {LARGER} --tau-lr 0.02 --beta-lr 0.00015",
+        "DHA": f"dha.py {LARGER} --tau-lr 0.02 --beta-lr 0.0002",
     },
     "joint": {
         "random genotype": f"joint_darts_faa.py {JOINT} --policy none --genotype OUT/genotype-SEED.json",
@@ -66,7 +66,7 @@ TABLES = {  # table: row: command. SEED and OUT are filled in
 READ_AGAINST = {
     "dha": ["One-Stage ISTA", "random pairs", "DHA"],
     "larger": ["One-Stage ISTA"],
-    "joint": ["DARTS", "random policy"],
+    "joint": ["DARTS", "random policy", "Faster AA, then DARTS"],
 }
 KEEPING = Lock()
 
@@ -95,7 +95,7 @@ def kept_results(name: str, row: str) -> dict[int, dict]:
 
 
 def draws(path: Path) -> dict[str, float] | None:
-    """How often an operation is drawn, as a share of all draws, by the policy.json of a run; None without one."""
+    """By the policy.json of a run: the share of all draws in which an operation is applied. None without a policy."""
     if not path.exists():
         return None
     policy = json.loads(path.read_text())
@@ -103,7 +103,7 @@ def draws(path: Path) -> dict[str, float] | None:
         p = torch.tensor(policy["probability"])
         shares = (p.sum(0) + p.sum(1)) / 2
     else:
-        shares = torch.tensor(policy["selection"]).mean((0, 1))
+        shares = (torch.tensor(policy["selection"]) * torch.tensor(policy["p"])).mean((0, 1))
     return {name: round(float(share), 4) for name, share in zip(policy["operations"], shares)}
 
 
