@@ -654,7 +654,7 @@ def search(
         )
         if skips > 4 and not genotype:
             print("warning: most operations of the normal cell are skip-connections: the search may be collapsing.")
-            print("metrics.jsonl has the genotype of every epoch: --genotype trains an earlier one")
+            print("metrics.jsonl has the genotype of every epoch: --genotype, with --policy, trains an earlier one")
         directory.end_epoch(record, time.time() - begun, search=s.state_dict())
     return s
 
