@@ -9,9 +9,12 @@ into it. Photographs are files that a DataLoader reads. `loader` hides the diffe
 """
 
 import ast
+import contextlib
+import itertools
 import json
 import math
 import operator
+import os
 import re
 from collections import namedtuple
 from collections.abc import Iterator, Sequence
@@ -27,6 +30,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 
 
@@ -41,7 +45,7 @@ class InputError(ValueError):
 PHOTOGRAPHS = ("flowers102", "sport8", "mit67", "imagenet")  # 224 pixels, unless --image-size says otherwise
 DATASETS = ("cifar10", "cifar100", "svhn", *PHOTOGRAPHS, "folder", "shapes")
 SMALL = 64  # side in pixels: image files that are scaled to less are read once, into a tensor
-WORKER_TIMEOUT = 300  # seconds; a worker that is stuck (a full /dev/shm does that) ends the run
+WORKER_TIMEOUT = 3600  # seconds; a process that reads images and is stuck for so long ends the run
 
 
 class Data(NamedTuple):
@@ -58,6 +62,12 @@ class Data(NamedTuple):
         parts = [part.to(device) if isinstance(part, Tensor) else part for part in self[:4]]
         return Data(*parts, self.classes)
 
+    def describe(self) -> str:
+        """One line: how many images, classes and pixels."""
+        size = self.train_images.shape[3]
+        counts = f"{len(self.train_labels):,} images to train on, {len(self.test_labels):,} to test on"
+        return f"{counts}, {len(self.classes)} classes, {size} x {size} pixels"
+
 
 def load_data(
     dataset: str,
@@ -73,7 +83,7 @@ def load_data(
     image_size: side in pixels. None: 224 for photographs, the images' own size for all others.
     limit_train, limit_test: use a random subset of this size, which does not depend on seed.
     workers: processes that read photographs, 0 for none. seed: draws sport8's split, nothing else.
-    Raises InputError or OSError where data are missing or damaged.
+    Raises InputError or OSError where data are missing or damaged, or no network can be trained on them.
     """
     root = Path(data_dir)
     if dataset == "shapes":
@@ -91,6 +101,8 @@ def load_data(
     else:
         raise InputError(f"unknown data set {dataset!r}: choose from {', '.join(DATASETS)}")
 
+    if len(classes) < 2:
+        raise InputError("there is one class only")
     if dataset in PHOTOGRAPHS:
         image_size = image_size or 224
 
@@ -114,6 +126,9 @@ def load_data(
 
     if parts[0].shape[1:] != parts[2].shape[1:]:
         raise InputError(f"images to train and to test on differ in size in {root}: give --image-size")
+    H, W = parts[0].shape[2:]
+    if H != W:
+        raise InputError(f"images are {W}x{H}: --image-size makes them square")
     return Data(*parts, classes)
 
 
@@ -151,7 +166,14 @@ def _flowers102(root: Path) -> tuple[tuple, tuple, list[str]]:
 
 def _train_and_test(root: Path) -> tuple[tuple, tuple, list[str]]:
     """`train/<class>/...` and `test/<class>/...`, or `val/` for `test/`, as ImageNet has it."""
-    test_root = root / "test" if (root / "test").is_dir() else root / "val"
+    test_root = root / "test"
+    if not test_root.is_dir():
+        test_root = root / "val"
+
+    # ImageNet's archive has both, and no classes in test/, whose labels nobody knows
+    elif (root / "val").is_dir() and not _class_names(test_root):
+        test_root = root / "val"
+
     if not ((root / "train").is_dir() and test_root.is_dir()):
         raise InputError(f"{root} must hold train/<class>/* and test/<class>/* (or val/): check --data-dir")
 
@@ -243,7 +265,12 @@ def load_image(path: str | Path) -> Image.Image:
     """
     try:
         with open(path, "rb") as file, Image.open(file) as image:  # given a path, Pillow misreads some turned TIFFs
-            image = ImageOps.exif_transpose(image)
+            image.load()
+
+            # Where the EXIF cannot be read: the image as it is stored
+            with contextlib.suppress(Exception):
+                ImageOps.exif_transpose(image, in_place=True)
+
             if image.mode == "F":
                 raise ValueError("it is in floating point: save it with 8 bits per channel")
             if image.mode.startswith("I"):
@@ -276,8 +303,7 @@ class Photos(Dataset):
         if seed is None:
             return self.test_view(image)
 
-        # A seed per view makes it the same for any number of workers. (torch.manual_seed would seed the GPU as
-        # well)
+        # A seed for each view: it is the same for any number of workers. (torch.manual_seed would seed the GPU, too.)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return self.train_view(image)
@@ -307,7 +333,9 @@ def _read_all(paths: list[str], size: int | None) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def batches(count: int, batch_size: int, seed: int, rank: int = 0, world: int = 1, independent: bool = False) -> Tensor:
+def batch_indices(
+    count: int, batch_size: int, seed: int, rank: int = 0, world: int = 1, independent: bool = False
+) -> Tensor:
     """One epoch of `count` images in random order: indices (steps, batch_size // world), int64, on the CPU.
 
     independent: every batch is drawn from all images, whatever the others hold; else no image comes twice.
@@ -340,39 +368,82 @@ def loader(
     """
     if isinstance(images, Tensor):
         for batch in order:
-            yield random_crop_flip(images[batch]) if train else images[batch], labels[batch]
+            x = images[batch]
+            if train:
+                x = random_crop_flip(x)
+            yield x, labels[batch]
         return
 
-    base = int(torch.randint(2**62, ())) if train else 0
-    keys = []  # (index, seed of its random view)
-    for batch in order:
-        keys.append([(i, base + i) if train else (i, None) for i in batch.tolist()])
+    # A seed for each position in the epoch: an image that is drawn twice has two views
+    if train:
+        seeds = itertools.count(int(torch.randint(2**62, ())))
+    else:
+        seeds = itertools.repeat(None)
+
+    # A tensor at once: every tolist waits for the GPU
+    if isinstance(order, Tensor):
+        indices = order.tolist()
+    else:
+        indices = [batch.tolist() for batch in order]
+    keys = [list(zip(batch, seeds)) for batch in indices]
+
+    for x, batch in zip(_read(images, keys), order):
+        if labels.is_cuda:
+            x = x.pin_memory()
+        yield x.to(labels.device, non_blocking=True), labels[batch]
+
+
+def _read(photos: Photos, keys: list[list[tuple]]) -> Iterator[Tensor]:
+    """Batches of photographs. Raises InputError where an image is damaged, or the processes that read them fail."""
+    # At most as many processes as there are cores that this one may use
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count()
+    workers = min(photos.workers, cores)
+
     reader = DataLoader(
-        images,
+        photos,
         batch_sampler=keys,
-        num_workers=images.workers,
-        timeout=WORKER_TIMEOUT if images.workers else 0,
-        pin_memory=labels.is_cuda,
+        num_workers=workers,
+        collate_fn=_as_array,
+        timeout=WORKER_TIMEOUT if workers else 0,
         generator=torch.Generator(),  # else it draws from the global one
     )
     try:
-        for x, batch in zip(reader, order):
-            yield x.to(labels.device, non_blocking=True), labels[batch]
-    except InputError as error:  # raised in a worker its text is a traceback, whose last line is our message
+        for batch in reader:
+            yield torch.from_numpy(batch)
+
+    # Raised in a worker its text is a traceback, whose last line is our message
+    except InputError as error:
         raise InputError(str(error).splitlines()[-1].removeprefix("common.InputError: ")) from None
 
+    # The processes cannot be started, die, or send nothing
+    except (OSError, EOFError, RuntimeError) as error:
+        if not workers:
+            raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[-1]
+        causes = "a full /dev/shm, too little memory, a long path in TMPDIR, or a job that was suspended"
+        message = f"the processes that read the images failed ({reason}). Likely causes: {causes}"
+        raise InputError(f"{message}. --workers 0 works everywhere") from error
 
-def random_crop_flip(images: Tensor, padding: int = 4) -> Tensor:
-    """Shift every image (B, C, H, W) by up to `padding` pixels each way, zeros come in; mirror it in half the cases."""
+
+def _as_array(views: list[Tensor]) -> np.ndarray:
+    """One batch. An array comes out of a worker through a pipe; a tensor would need /dev/shm and a socket."""
+    return torch.stack(views).numpy()
+
+
+def random_crop_flip(images: Tensor) -> Tensor:
+    """Shift every image (B, C, H, W) by up to 4 pixels each way, zeros come in; mirror it in half the cases."""
     B, C, H, W = images.shape
     device = images.device
-    rows = torch.randint(0, 2 * padding + 1, (B, 1), device=device) + torch.arange(H, device=device)  # (B, H)
-    columns = torch.randint(0, 2 * padding + 1, (B, 1), device=device) + torch.arange(W, device=device)  # (B, W)
+    rows = torch.randint(0, 9, (B, 1), device=device) + torch.arange(H, device=device)  # (B, H)
+    columns = torch.randint(0, 9, (B, 1), device=device) + torch.arange(W, device=device)  # (B, W)
     columns = torch.where(torch.rand(B, 1, device=device) < 0.5, columns.flip(1), columns)
 
     batch = torch.arange(B, device=device).view(B, 1, 1, 1)
     channel = torch.arange(C, device=device).view(1, C, 1, 1)
-    return F.pad(images, [padding] * 4)[batch, channel, rows.view(B, 1, H, 1), columns.view(B, 1, 1, W)]
+    return F.pad(images, [4] * 4)[batch, channel, rows.view(B, 1, H, 1), columns.view(B, 1, 1, W)]
 
 
 def cutout(images: Tensor, length: int) -> Tensor:
@@ -393,8 +464,20 @@ def mean_std(images: Tensor | Photos) -> tuple[Tensor, Tensor]:
     """
     if isinstance(images, Photos):
         return torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    std, mean = torch.std_mean(images.float() / 255, dim=(0, 2, 3), correction=0)
-    return mean, std.clamp(min=1e-3)  # images may be of one colour
+
+    # Piece by piece, as float64 takes eight times the images' memory. It holds both sums, whole numbers, exactly
+    total = torch.zeros(3, dtype=torch.float64, device=images.device)
+    squares = torch.zeros_like(total)
+    for part in images.split(256):
+        levels = part.double()
+        total += levels.sum((0, 2, 3))
+        squares += levels.square().sum((0, 2, 3))
+
+    # Images may be of one colour, and nothing is divided by 0
+    pixels = images[:, 0].numel()
+    mean = total / pixels
+    std = (squares / pixels - mean.square()).clamp(min=0).sqrt()
+    return (mean / 255).float(), (std / 255).clamp(min=1e-3).float()
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -573,7 +656,7 @@ def load_genotype(name_or_path: str | Path, space: str = "cells") -> Genotype | 
 
 
 def parse_genotype(text: str, space: str = "cells") -> Genotype | list[str]:
-    """A genotype from what people have: our JSON, or `Genotype(...)` anywhere in a text such as a search's log.
+    """A genotype from what people have: `Genotype(...)`, or a dictionary such as our JSON, anywhere in a text.
 
     Operations may be nested node by node, as khanrc/pt.darts does. Of several in one text the last one is
     meant. In the space "mobilenet": a list of one of MOBILE_PRIMITIVES per layer. Raises InputError.
@@ -581,20 +664,23 @@ def parse_genotype(text: str, space: str = "cells") -> Genotype | list[str]:
     if space == "mobilenet":
         return _parse_layers(text)
 
-    # Genotype(...), with parentheses inside
-    found = re.findall(r"Genotype\((?:[^()]|\([^()]*\))*\)", text)
+    found = _bracketed(text, r"Genotype\(", "(", ")")
+    if not found:
+        found = _bracketed(text, r"\{(?=[^{}]*['\"]normal['\"]\s*:)", "{", "}")
     if len(set(found)) > 1:
         print(f"note: the text holds {len(set(found))} different genotypes; the last one is meant")
     try:
         if found:
-            fields = _call_arguments(found[-1])
+            fields = _fields(found[-1])
         else:
             fields = json.loads(text)
         normal = _edges(fields["normal"])
         reduce = _edges(fields["reduce"])
         genotype = Genotype(normal, _states(fields["normal_concat"]), reduce, _states(fields["reduce_concat"]))
-    except Exception as error:  # parsers alone raise five kinds
-        raise InputError(f"not a genotype such as Genotype(normal=[...], ...): {type(error).__name__}") from error
+    except Exception as error:  # whatever the parsers raise
+        wanted = f"Genotype(...) nor a dictionary with {', '.join(Genotype._fields)}"
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"neither {wanted} could be read: {reason}") from error
 
     # A reduction cell's output cannot hold its inputs, states 0 and 1: they have twice the size
     _check_cell("normal", genotype.normal, genotype.normal_concat, first_state=0)
@@ -606,33 +692,67 @@ def _parse_layers(text: str) -> list[str]:
     """A genotype of the MobileNet space. Nothing in the text is run."""
     try:
         names = ast.literal_eval(text.strip())
-        if isinstance(names, list) and names and set(names) <= set(MOBILE_PRIMITIVES):
-            return names
-    except Exception:  # literal_eval alone raises five kinds
-        pass
-    raise InputError(f"not a list of operations, one per layer, out of {', '.join(MOBILE_PRIMITIVES)}")
+        known = isinstance(names, list) and names != [] and set(names) <= set(MOBILE_PRIMITIVES)
+    except Exception:  # whatever literal_eval raises
+        known = False
+    if not known:
+        raise InputError(f"not a list of operations, one per layer, out of {', '.join(MOBILE_PRIMITIVES)}")
+    return names
 
 
-def _call_arguments(text: str) -> dict:
-    """The arguments of the call Genotype(...), by name. Nothing in it is run."""
-    call = ast.parse(text, mode="eval").body
+def _bracketed(text: str, start: str, opening: str, closing: str) -> list[str]:
+    """The parts of a text from each match of `start`, with an opening bracket in it, to where that is closed.
 
-    def value(node: ast.expr) -> list:
-        if isinstance(node, ast.Call) and node.func.id == "range":
-            return list(range(*map(ast.literal_eval, node.args))[:100])  # no cell is larger
-        return ast.literal_eval(node)
+    A part that is cut off, by the text's end or by the next match, is left out.
+    """
+    found = []
+    begins = [match.start() for match in re.finditer(start, text)]
+    for begin, end in zip(begins, [*begins[1:], len(text)]):
+        depth = 0
+        for i in range(begin, end):
+            if text[i] == opening:
+                depth += 1
+            elif text[i] == closing:
+                depth -= 1
+                if depth == 0:
+                    found.append(text[begin : i + 1])
+                    break
+    return found
 
-    fields = dict(zip(Genotype._fields, map(value, call.args)))
-    for keyword in call.keywords:
-        fields[keyword.arg] = value(keyword.value)
-    return fields
+
+def _fields(text: str) -> dict[str, list]:
+    """The four fields of Genotype(...) or of a dictionary. Nothing in the text is run."""
+
+    def value(node: ast.expr):
+        if isinstance(node, (ast.List, ast.Tuple)):
+            return [value(item) for item in node.elts]
+        if not isinstance(node, ast.Call):
+            return ast.literal_eval(node)
+
+        # range(2, 6), np.int64(3), array([2, 3]); a range is cut off, as a very long one would fill the memory
+        name = ast.unparse(node.func).split(".")[-1]
+        arguments = [value(argument) for argument in node.args]
+        if name == "range":
+            return list(range(*arguments)[:100])
+        if name in ("int32", "int64", "str_", "array"):
+            return arguments[0]
+        raise ValueError(f"{name}(...) is not a number or a list")
+
+    whole = ast.parse(text, mode="eval").body
+    if isinstance(whole, ast.Dict):
+        nodes = {key.value: node for key, node in zip(whole.keys, whole.values)}
+    else:
+        nodes = dict(zip(Genotype._fields, whole.args))
+        for keyword in whole.keywords:
+            nodes[keyword.arg] = keyword.value
+    return {field: value(nodes[field]) for field in Genotype._fields}
 
 
 def _edges(edges: list) -> list[tuple[str, int]]:
     """[(operation, state), ...], flattened if it is nested node by node."""
-    if edges and not isinstance(edges[0][0], str):  # nested node by node
-        edges = sum(map(list, edges), [])
-    return list(zip([str(operation) for operation, _ in edges], _states([state for _, state in edges])))
+    if edges and not isinstance(edges[0][0], str):
+        edges = itertools.chain(*edges)
+    return [(str(name), operator.index(state)) for name, state in edges]
 
 
 def _states(states: list) -> list[int]:
@@ -644,10 +764,10 @@ def _check_cell(cell: str, edges: list[tuple[str, int]], concat: list[int], firs
     """Raises InputError if no network can be built from the cell; its output may hold states from first_state on."""
     if not edges or len(edges) % 2 or not concat:
         raise InputError(f"{cell} needs two operations for each node and at least one state to concatenate")
-    for i, (operation, state) in enumerate(edges):
+    for i, (name, state) in enumerate(edges):
         node = i // 2
-        if operation not in PRIMITIVES[1:]:
-            raise InputError(f"unknown operation {operation!r}: choose from {', '.join(PRIMITIVES[1:])}")
+        if name not in PRIMITIVES[1:]:
+            raise InputError(f"unknown operation {name!r}: choose from {', '.join(PRIMITIVES[1:])}")
         if not 0 <= state < node + 2:
             raise InputError(f"node {node} of {cell} reads state {state}, which does not exist yet")
     last_state = len(edges) // 2 + 1
@@ -660,15 +780,39 @@ def _check_cell(cell: str, edges: list[tuple[str, int]], concat: list[int], firs
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def conv_bn(c_in: int, c_out: int, k: int, stride: int = 1, affine: bool = True) -> list[nn.Module]:
+def conv_bn(c_in: int, c_out: int, k: int, stride: int = 1) -> list[nn.Module]:
     """A k x k convolution without bias, padded to keep the size at stride 1 if k is odd, and batch norm."""
     conv = nn.Conv2d(c_in, c_out, k, stride, padding=(k - 1) // 2, bias=False)
-    return [conv, nn.BatchNorm2d(c_out, affine=affine)]
+    return [conv, nn.BatchNorm2d(c_out)]
 
 
-def relu_conv_bn(c_in: int, c_out: int, affine: bool = True) -> nn.Sequential:
+def fix_batch_norms(module: nn.Module) -> None:
+    """Weight and bias of every batch norm in `module` stay as they are: 1 and 0 in a new network.
+
+    They become buffers, which no optimizer and no counter of parameters sees. The keys of its state_dict stay.
+    """
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            for name in ("weight", "bias"):
+                value = getattr(norm, name).detach()
+                delattr(norm, name)
+                norm.register_buffer(name, value)
+
+
+def learn_batch_norms(module: nn.Module) -> None:
+    """What fix_batch_norms made buffers are parameters again, with their present values."""
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            for name in ("weight", "bias"):
+                value = getattr(norm, name)
+                if not isinstance(value, nn.Parameter):
+                    delattr(norm, name)
+                    setattr(norm, name, nn.Parameter(value))
+
+
+def relu_conv_bn(c_in: int, c_out: int) -> nn.Sequential:
     """ReLU, 1x1 convolution, batch norm: what brings a cell's input to the cell's width."""
-    return nn.Sequential(nn.ReLU(), *conv_bn(c_in, c_out, 1, affine=affine))
+    return nn.Sequential(nn.ReLU(), *conv_bn(c_in, c_out, 1))
 
 
 class FactorizedReduce(nn.Module):
@@ -677,50 +821,46 @@ class FactorizedReduce(nn.Module):
     (B, c_in, H, W) to (B, c_out, H/2, W/2), rounded up; c_out must be even.
     """
 
-    def __init__(self, c_in: int, c_out: int, affine: bool = True):
+    def __init__(self, c_in: int, c_out: int):
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, c_out // 2, 1, bias=False)
         self.conv2 = nn.Conv2d(c_in, c_out // 2, 1, bias=False)
-        self.bn = nn.BatchNorm2d(c_out, affine=affine)
+        self.bn = nn.BatchNorm2d(c_out)
 
     def forward(self, x: Tensor) -> Tensor:
         H, W = x.shape[2:]
         if H % 2 or W % 2:  # so that both halves have one size
             x = F.pad(x, (0, W % 2, 0, H % 2))
 
-        # The stride comes first: 1x1 convolutions with stride 2 corrupt memory on some CPUs (torch 2.14, few channels)
+        # Every second pixel is taken here and not by a stride: on a CPU the gradient of a 1x1 convolution with stride
+        # 2 and fewer than 16 channels can overwrite foreign memory (uxlfoundation/oneDNN, issue 6035)
         even = F.relu(x[:, :, ::2, ::2])
         odd = F.relu(x[:, :, 1::2, 1::2])
         return self.bn(torch.cat([self.conv1(even), self.conv2(odd)], 1))
 
 
-def operation(name: str, channels: int, stride: int, affine: bool = True) -> nn.Sequential:
+def operation(name: str, channels: int, stride: int) -> nn.Sequential:
     """One of PRIMITIVES[1:] as DARTS defines it: `channels` in and out, the resolution divided by `stride`."""
 
     def separable(stride: int, dilation: int) -> list[nn.Module]:
         k = int(name[-1])  # sep_conv_3x3: 3
         padding = (k - 1) // 2 * dilation
-        depthwise = DepthwiseConv(channels, channels, k, stride, padding, dilation, groups=channels, bias=False)
-        return [nn.ReLU(), depthwise, *conv_bn(channels, channels, 1, affine=affine)]
+        depthwise = nn.Conv2d(channels, channels, k, stride, padding, dilation, groups=channels, bias=False)
+        return [nn.ReLU(), depthwise, *conv_bn(channels, channels, 1)]
 
     if name == "max_pool_3x3":
         return nn.Sequential(nn.MaxPool2d(3, stride, padding=1))
     if name == "avg_pool_3x3":
         return nn.Sequential(nn.AvgPool2d(3, stride, padding=1, count_include_pad=False))
+    if name == "skip_connect" and stride == 1:
+        return nn.Sequential(nn.Identity())
     if name == "skip_connect":
-        return nn.Sequential(nn.Identity() if stride == 1 else FactorizedReduce(channels, channels, affine))
+        return nn.Sequential(FactorizedReduce(channels, channels))
     if name in ("sep_conv_3x3", "sep_conv_5x5"):
         return nn.Sequential(*separable(stride, dilation=1), *separable(1, dilation=1))
     if name in ("dil_conv_3x3", "dil_conv_5x5"):
         return nn.Sequential(*separable(stride, dilation=2))
     raise InputError(f"unknown operation {name!r}: choose from {', '.join(PRIMITIVES[1:])}")
-
-
-def drop_path(x: Tensor, prob: float) -> Tensor:
-    """Set whole samples of x (B, C, H, W) to 0 with probability `prob`, and scale the others to keep the mean."""
-    keep = 1 - prob
-    mask = torch.rand(x.shape[0], 1, 1, 1, device=x.device) < keep
-    return x * (mask.to(x.dtype) / keep)
 
 
 def stems(kind: str, channels: int) -> tuple[nn.Module, nn.Module, int, bool]:
@@ -743,13 +883,23 @@ def stem_for(images: Tensor | Photos) -> str:
 
 
 def auxiliary_head(c_in: int, num_classes: int, stem: str = "cifar") -> nn.Sequential:
-    """DARTS' auxiliary classifier: (B, c_in, 8, 8), or 7 x 7 with the ImageNet stem, to logits (B, num_classes)."""
+    """DARTS' auxiliary classifier: (B, c_in, 8, 8), or 7 x 7 with the ImageNet stem, to logits (B, num_classes).
+
+    With the ImageNet stem no batch norm follows the second convolution, as in DARTS' code.
+    """
+    if stem == "cifar":
+        pool = nn.AvgPool2d(5, stride=3)
+        norm = [nn.BatchNorm2d(768)]
+    else:
+        pool = nn.AvgPool2d(5, stride=2)
+        norm = []
     return nn.Sequential(
         nn.ReLU(),
-        nn.AvgPool2d(5, stride=3 if stem == "cifar" else 2),
+        pool,
         *conv_bn(c_in, 128, 1),
         nn.ReLU(),
-        *conv_bn(128, 768, 2),
+        nn.Conv2d(128, 768, 2, bias=False),
+        *norm,
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(1),  # for images that are larger than DARTS'
         nn.Flatten(),
@@ -757,12 +907,18 @@ def auxiliary_head(c_in: int, num_classes: int, stem: str = "cifar") -> nn.Seque
     )
 
 
+def check_auxiliary(image_size: int) -> None:
+    """Raises InputError where images of this side are too small for a network with an auxiliary head."""
+    if image_size < 29 or SMALL <= image_size < 193:  # from 64 on with the ImageNet stem
+        raise InputError(f"{image_size} pixels are too few for the auxiliary head: give --auxiliary-weight 0")
+
+
 class Cell(nn.Module):
     """One cell of a genotype.
 
-    s0 and s1, the outputs of the cell before last and of the last one, with c_before and c_in channels, to
-    (B, channels * len(concat), H, W). s1 is (B, c_in, H, W), and so is s0 but for its channels; with `halved` s0 has
-    twice the height and width. With `reduction` the output has half of H and W.
+    s0 (B, c_before, H, W), the output of the cell before the previous one, and s1 (B, c_in, H, W), the previous
+    one's, to (B, channels * len(concat), H, W). With `halved` s0 has twice s1's height and width; with `reduction`
+    the output has half of it.
     """
 
     def __init__(self, genotype: Genotype, c_before: int, c_in: int, channels: int, reduction: bool, halved: bool):
@@ -777,7 +933,8 @@ class Cell(nn.Module):
         self.sources = [state for _, state in edges]
         self.ops = nn.ModuleList()
         for name, state in edges:
-            self.ops.append(operation(name, channels, stride=2 if reduction and state < 2 else 1))
+            stride = 2 if reduction and state < 2 else 1
+            self.ops.append(operation(name, channels, stride))
 
     def forward(self, s0: Tensor, s1: Tensor, drop_path_prob: float = 0.0) -> Tensor:
         states = [self.preprocess0(s0), self.preprocess1(s1)]
@@ -788,10 +945,10 @@ class Cell(nn.Module):
         return torch.cat([states[i] for i in self.concat], 1)
 
     def edge(self, i: int, states: list[Tensor], drop_path_prob: float) -> Tensor:
-        """What edge i makes of its state, with drop path in training; DARTS spares identities."""
+        """What edge i makes of its state, with drop-path in training; identities are never dropped, as in DARTS."""
         h = self.ops[i](states[self.sources[i]])
-        if self.training and drop_path_prob > 0 and not isinstance(self.ops[i][0], nn.Identity):
-            h = drop_path(h, drop_path_prob)
+        if not isinstance(self.ops[i][0], nn.Identity):
+            h = stochastic_depth(h, drop_path_prob, "row", self.training)
         return h
 
 
@@ -905,65 +1062,9 @@ def draw_cell(edges: list[tuple[str, int]], concat: list[int], axis, title: str)
         arrow(places[state], output, shrinkB=15, color="0.6", linestyle=":")
 
     names = ["$c_{k-2}$", "$c_{k-1}$", *map(str, range(nodes))]
-    for i, name in enumerate(names):
-        box(places[i], name, 9, "circle,pad=0.32", facecolor="0.88" if i < 2 else "white", edgecolor="0.2")
+    fills = ["0.88"] * 2 + ["white"] * nodes
+    for place, name, fill in zip(places, names, fills):
+        box(place, name, 9, "circle,pad=0.32", facecolor=fill, edgecolor="0.2")
     box(output, "$c_k$\nconcat", 9, "round,pad=0.35", facecolor="0.88", edgecolor="0.2")
     axis.set(xlim=(-0.7, width + 0.8), ylim=(-0.6, nodes - 0.4), title=title)
     axis.axis("off")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# For speed alone: on a CPU a search step spends a third of its time on gradients of depthwise convolutions
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class DepthwiseConv(nn.Conv2d):
-    """nn.Conv2d for groups = channels. On a CPU, in training and with stride 1, its gradients come from _Depthwise."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        plain = x.is_cuda or self.stride != (1, 1) or torch.is_autocast_enabled("cpu")
-        if plain or not self.training:
-            return super().forward(x)
-        return _Depthwise.apply(x, self.weight, self.padding[0], self.dilation[0])
-
-
-class _Depthwise(torch.autograd.Function):
-    """A depthwise convolution of stride 1, dilation 1 or 2, whose gradients are convolutions that oneDNN is fast at."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, padding: int, dilation: int) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        ctx.padding, ctx.dilation = padding, dilation
-        return F.conv2d(x, weight, None, 1, padding, dilation, groups=len(weight))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, weight = ctx.saved_tensors
-        C, _, k, _ = weight.shape
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        grad_x = grad_weight = None
-
-        # Of x: the gradient convolved with the kernel turned by 180 degrees
-        if ctx.needs_input_grad[0]:
-            grad_x = F.conv2d(grad, weight.flip(2, 3), None, 1, ctx.padding, ctx.dilation, groups=C)
-
-        # Of the weight. With dilation 2 pixels of one parity never meet the others: four images of a quarter the size
-        if ctx.needs_input_grad[1]:
-            if ctx.dilation == 2:
-                even = (0, x.shape[3] % 2, 0, x.shape[2] % 2)
-                x, grad = F.pad(x, even), F.pad(grad, even)
-                parities = ((0, 0), (0, 1), (1, 0), (1, 1))
-                x = torch.cat([x[:, :, i::2, j::2] for i, j in parities])
-                grad = torch.cat([grad[:, :, i::2, j::2] for i, j in parities])
-
-            # A kernel of 5 x 5 is covered by four windows of 3 x 3
-            x = F.pad(x, [k // 2] * 4)
-            H, W = grad.shape[2:]
-            grad_weight = torch.empty_like(weight)
-            for i in range(0, k - 1, 2):
-                for j in range(0, k - 1, 2):
-                    window = x[:, :, i : i + H + 2, j : j + W + 2]
-                    part = torch.nn.grad.conv2d_weight(window, (C, 1, 3, 3), grad, groups=C)
-                    grad_weight[:, :, i : i + 3, j : j + 3] = part
-        return grad_x, grad_weight, None, None

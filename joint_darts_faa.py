@@ -30,16 +30,19 @@ The training images are split in two, D_train and D_val. One iteration (Alg. 1):
 After the search the strongest operations make a network. It is trained from scratch with the policy, which now draws
 its operations instead of weighting them. Images are cropped and flipped before the policy, always; cutout follows it,
 in this training alone [C].
+
+Marks: [P] the paper says so. [A] public code does: DARTS', https://github.com/quark0/darts, or Faster AutoAugment's,
+https://github.com/moskomule/dda, branch fasteraa. [C] our choice, where neither says or we depart from both.
 """
 
 import argparse
-import fcntl
+import contextlib
 import json
 import math
 import os
-import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -53,123 +56,23 @@ from tqdm import tqdm
 import common
 from common import PRIMITIVES, FactorizedReduce, Genotype, InputError, Network
 
-if __name__ == "__main__":
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's backend may be missing here
-try:
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-except (ImportError, ValueError):
-    Figure = None  # no figures
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings. [P]: the paper. [A]: public code of DARTS or Faster AutoAugment. [C]: our choice, where neither says or we
-# depart from both.
-# ---------------------------------------------------------------------------------------------------------------------
-
 GRAD_CLIP = 5.0  # largest norm of the weights' gradient [A: DARTS]
 
-PRESETS = {
-    "paper": {},  # the defaults of the flags: CIFAR-10
-    "quick": dict(
-        dataset="shapes", search_epochs=4, search_images=768, search_channels=8, search_layers=3, arch_lr=3e-3,
-        policy_lr=1e-2, train_epochs=4, batch_size=64, channels=8, layers=3, lr=0.1, auxiliary_weight=0.0,
-        drop_path=0.0, cutout=0,
-    ),
-    "imagenet": dict(
-        dataset="imagenet", train_epochs=250, batch_size=128, channels=48, layers=14, lr=0.1, weight_decay=3e-5,
-        warmup_epochs=5, label_smoothing=0.1, drop_path=0.0, cutout=0,
-    ),
-}  # fmt: skip
-
-
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    summary = __doc__.split("\n")[0] + " [P] paper, [A] public code, [C] our choice."
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [flags]", description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-
-    add = parser.add_argument_group("what to run, on what").add_argument
-    add("--preset", choices=["paper", "quick", "imagenet"], default="paper", help="sets the flags that are not given")
-    add("--dataset", choices=common.DATASETS, default="cifar10", help="data set")
-    add("--data-dir", type=os.path.expanduser, default="data", help="where data sets are, or are downloaded to")
-    add("--image-size", type=at_least(8), help="scale to this side; None: 224 for photographs, else as they are")
-    add("--limit-train", type=at_least(2), help="use only so many training images")
-    add("--limit-test", type=at_least(1), help="use only so many test images")
-    add("--workers", type=at_least(0), default=4, help="processes that read photographs")
-    add("--seed", type=at_least(0, 2**31), default=0, help="seed of everything random")
-    add("--gpu", type=at_least(-1), default=0 if torch.cuda.is_available() else -1, help="GPU number; -1 is the CPU")
-    add("--amp", action="store_true", help="bfloat16 autocast (GPU only)")
-    add("--out", type=os.path.expanduser, help="run directory; None is runs/<script>-<dataset>-seed<seed>")
-    add("--resume", action="store_true", help="go on with the run in --out, if there is one")
-    add("--evaluate", type=os.path.expanduser, metavar="DIR", help="print a finished run's test accuracy, and stop")
-    add("--check", action="store_true", help="check flags and data, and stop")
-
-    add = parser.add_argument_group("search").add_argument
-    add("--search-epochs", type=at_least(1), default=50, help="epochs of search; the paper has 50 and 25 [P]")
-    add("--search-batch-size", type=at_least(2), default=64, help="images per batch of the search [A: DARTS]")
-    add("--search-images", type=at_least(4), help="search on so many of the training images; None: on all")
-    add("--search-channels", type=at_least(2), default=16, help="channels of the supernet, even [A: DARTS]")
-    add("--search-layers", type=at_least(3), default=8, help="cells of the supernet [A: DARTS]")
-    add("--search-only", action="store_true", help="stop after the search, with what it found")
-    add("--genotype", type=os.path.expanduser, help=f"no search of alpha: {', '.join(common.GENOTYPES)}, or a file")
-    add("--arch-lr", type=at_least(0.0), default=3e-4, help="Adam's learning rate for alpha [A: DARTS]")
-    add("--policy", type=os.path.expanduser, help="no policy search: the training uses this file, or `none`")
-    add("--policy-lr", type=at_least(0.0), default=1e-3, help="Adam's learning rate for z, p and mu [A]")
-    add("--sub-policies", type=at_least(1), default=10, help="L, sub-policies of a policy [P]")
-    add("--stages", type=at_least(1), default=2, help="K, operations of a sub-policy, one after the other [P]")
-
-    add = parser.add_argument_group("training (--lr and --weight-decay also move w in the search)").add_argument
-    add("--train-epochs", type=at_least(0), default=600, help="epochs of training [P]")
-    add("--batch-size", type=at_least(2), default=96, help="images per step, over all processes [A: DARTS]")
-    add("--channels", type=at_least(2), default=36, help="channels of the first cells, even [A: DARTS]")
-    add("--layers", type=at_least(3), default=20, help="cells; reductions at 1/3 and 2/3 [A: DARTS]")
-    add("--lr", type=at_least(0.0), default=0.025, help="learning rate at the start [A: DARTS]")
-    add("--weight-decay", type=at_least(0.0), default=3e-4, help="weight decay [A: DARTS]")
-    add("--auxiliary-weight", type=at_least(0.0), default=0.4, help="weight of the auxiliary head's loss [A: DARTS]")
-    add("--label-smoothing", type=at_least(0.0, 1.0), default=0.0, help="share of a label that all classes get alike")
-    add("--warmup-epochs", type=at_least(0), default=0, help="epochs in which lr rises to --lr, linearly")
-    add("--drop-path", type=at_least(0.0, 1.0), default=0.2, help="probability at the end of training [A: DARTS]")
-    add("--cutout", type=at_least(0), default=16, help="side of the square, in pixels [A: DARTS]")
-
-    # The preset replaces defaults; flags that are given win
-    preset = parser.parse_known_args(argv)[0].preset
-    parser.set_defaults(**PRESETS[preset])
-    args = settings_of_run(parser, argv)
-
-    if args.channels % 2 or args.search_channels % 2:
-        parser.error("--channels and --search-channels must be even: a factorized reduction splits them in two")
-    if not (args.train_epochs or args.search_only) or (args.search_only and args.genotype and args.policy):
-        parser.error("nothing to do: --train-epochs 0 needs --search-only, and something to search")
-    if args.amp and args.gpu < 0:
-        parser.error("--amp is for a GPU")
-    return args
-
-
-def at_least(low: float, below: float = math.inf):
-    """A `type` for argparse: numbers of low's own type, in [low, below)."""
-
-    def number(text: str) -> float:
-        value = type(low)(text)
-        if not low <= value < below:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {below})")
-        return value
-
-    return number
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# The policy. Its 16 operations (AUGMENTATIONS, SIGNED) and their helpers (per_image, into_range) are at the end.
+# The policy. Its 16 operations (AUGMENTATIONS, SIGNED) and their helpers (per_image, into_range) are at the end:
+# operation(images (B, 3, H, W), magnitude (B,)) returns images; all values lie in [0, 1].
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def relaxed_bernoulli(p: Tensor, temperature: float = 0.1) -> Tensor:
+def relaxed_bernoulli(p: Tensor) -> Tensor:
     """A differentiable coin for every entry of p, in [0, 1]: near 1 with probability p, else near 0.
 
-    The Gumbel trick for two outcomes (Maddison et al.; Jang et al.). Its gradient is 0 at p = 0 and p = 1.
+    The Gumbel trick for two outcomes (Maddison et al.; Jang et al.), at temperature 0.1 [A]. Its gradient is 0 at p = 0
+    and p = 1.
     """
     p = p.clamp(1e-6, 1 - 1e-6)
     u = torch.rand_like(p).clamp(1e-6, 1 - 1e-6)
-    return ((p.logit() + u.logit()) / temperature).sigmoid()
+    return ((p.logit() + u.logit()) / 0.1).sigmoid()
 
 
 class Policy(nn.Module):
@@ -199,18 +102,15 @@ class Policy(nn.Module):
         signs = 1 - 2 * self.signed * torch.randint(2, masks.shape, device=images.device)  # 1 or -1 for SIGNED, else 1
         magnitudes = self.mu[which] * signs  # (B, K, 16)
 
-        # weights[k][n]: (B,), of stage k and operation n. Unbound at once: cheaper to differentiate than indexing
-        weights = [stage.unbind(1) for stage in weights.unbind(1)]
-        masks = [stage.unbind(1) for stage in masks.unbind(1)]
-        magnitudes = [stage.unbind(1) for stage in magnitudes.unbind(1)]
-
         for k in range(K):
+            # (B,) of each operation. Unbound at once, which is cheaper to differentiate than one index after another
+            stage = zip(weights[:, k].unbind(1), masks[:, k].unbind(1), magnitudes[:, k].unbind(1))
             mixed = torch.zeros_like(images)
-            for n, operation in enumerate(AUGMENTATIONS.values()):
-                changed = operation(images, magnitudes[k][n])
-                maybe = torch.lerp(images, changed, per_image(masks[k][n]))  # Eq. (1)
-                mixed = mixed + per_image(weights[k][n]) * maybe  # Eq. (2)
-            images = into_range(mixed)  # a mean of images in [0, 1] leaves it by rounding at most
+            for operation, (weight, mask, magnitude) in zip(AUGMENTATIONS.values(), stage):
+                changed = operation(images, magnitude)
+                maybe = torch.lerp(images, changed, per_image(mask))  # Eq. (1)
+                mixed = mixed + per_image(weight) * maybe  # Eq. (2)
+            images = into_range(mixed)  # the mean of images lies in [0, 1], but for rounding
         return images
 
     @torch.no_grad()
@@ -226,7 +126,7 @@ class Policy(nn.Module):
         """softmax(z / eta), the probability that an operation is selected: (L, K, 16)."""
         return (self.z.detach() / self.eta).softmax(2)
 
-    def table(self) -> dict:
+    def as_dict(self) -> dict:
         """The policy as policy.json has it: the names of the operations, and lists of (L, K, 16) numbers."""
         return {
             "operations": list(AUGMENTATIONS),
@@ -234,7 +134,6 @@ class Policy(nn.Module):
             "z": self.z.tolist(),
             "p": self.p.tolist(),
             "mu": self.mu.tolist(),
-            "selection": self.selection().tolist(),
         }
 
 
@@ -244,14 +143,14 @@ def augment(images: Tensor, policy: Policy) -> Tensor:
     L, K, _ = policy.z.shape
     B = len(images)
     which = torch.randint(L, (B,), device=images.device)  # a sub-policy for every image
-    nothing = len(AUGMENTATIONS)  # stands for no operation, see apply_each
+    nothing = len(AUGMENTATIONS)  # the number of no operation: apply_each leaves such images alone
     for k in range(K):
-        # A draw from Cat(selection). The argmax of selection_n / e_n, with e_n from Exp(1), is n with probability
-        # selection_n: the Gumbel-max trick. (torch.multinomial may make a GPU wait)
+        # A draw from Cat(selection) for every image, which no GPU waits for: with e_n from Exp(1) the largest
+        # selection_n / e_n is that of operation n with probability selection_n
         selection = policy.selection()[which, k]  # (B, 16)
         drawn = (selection / torch.empty_like(selection).exponential_()).argmax(1)
 
-        # Eq. (1): it is applied with probability p. Only operations in SIGNED see the sign (apply_each)
+        # Eq. (1): it is applied with probability p. The sign counts for operations in SIGNED alone (apply_each)
         applied = torch.rand(B, device=images.device) < policy.p[which, k, drawn]
         sign = 1 - 2 * torch.randint(2, (B,), device=images.device)
         magnitude = sign * policy.mu[which, k, drawn]
@@ -266,92 +165,90 @@ def augment(images: Tensor, policy: Policy) -> Tensor:
 NODES = 4  # of a cell; node j reads the states 0 .. j + 1, of which 0 and 1 are the cell's inputs
 
 
-class State:
-    """A state x of a cell, and what Shared layers made of it, by name. (Both save time, and change no result.)"""
-
-    def __init__(self, x: Tensor):
-        self.x = x
-        self.known = {}
-
-
-class Shared(nn.Module):
-    """The beginning of a candidate operation, without weights: ReLU, pool and batch norm, or identity.
-
-    All candidates that read a state and have it in common share its result: the first computes it, the others find it
-    in the State by this name. For a plain tensor it is just f(x).
-    """
-
-    def __init__(self, name: str, f: nn.Module):
-        super().__init__()
-        self.name = name
-        self.f = f
-
-    def forward(self, state: Tensor | State) -> Tensor:
-        if isinstance(state, Tensor):
-            return self.f(state)
-        if self.name not in state.known:
-            state.known[self.name] = self.f(state.x)
-        return state.known[self.name]
-
-
-def candidate(name: str, channels: int, stride: int) -> nn.Sequential:
-    """One of PRIMITIVES[1:] as in DARTS' search: batch norms without weights, and one after each pool.
-
-    It begins with what it shares with other candidates.
-    """
-    layers = list(common.operation(name, channels, stride, affine=False))
-    if name.endswith("pool_3x3"):
-        pool = nn.Sequential(*layers, nn.BatchNorm2d(channels, affine=False))
-        return nn.Sequential(Shared(name, pool))
-    if name == "skip_connect":
-        return nn.Sequential(Shared("itself", nn.Identity()), *layers)  # unwraps the State
-    return nn.Sequential(Shared("relu", layers[0]), *layers[1:])  # all convolutions begin with a ReLU
-
-
 class MixedOp(nn.Module):
-    """The mixed operation of an edge: x (B, C, H, W), a tensor or a State, to (B, C, H/stride, W/stride)."""
+    """The mixed operation of an edge, Eq. (5): x (B, C, H, W) to (B, C, H/stride, W/stride).
+
+    The operations are common.operation's, that is DARTS'. What they begin with is made by `begin`, see Beginnings; all
+    edges that read a state of a cell can have it in common.
+    """
+
+    def __init__(self, channels: int, stride: int, begin: "Beginnings | None" = None):
+        super().__init__()
+        self.begin = begin or Beginnings(channels, stride)
+        self.ops = nn.ModuleDict()
+        for name in PRIMITIVES[1:]:
+            self.ops[name] = rest_of_operation(name, channels, stride)
+
+    def forward(self, x: Tensor | dict[str, Tensor], alpha: Tensor) -> Tensor:
+        """x: the state, or self.begin(state). alpha (8,): the edge's logits, in the order of PRIMITIVES."""
+        if isinstance(x, Tensor):
+            x = self.begin(x)
+        weights = alpha.softmax(0).to(x["skip_connect"].dtype)
+        return sum(weight * op(x[name]) for weight, (name, op) in zip(weights[1:], self.ops.items()))  # Eq. (5)
+
+
+class Beginnings(nn.Module):
+    """What the operations on a state (B, C, H, W) begin with, by name; it saves time to make it once per state.
+
+    A pool is whole here, with the batch norm that DARTS' search puts after it. Convolutions begin with a ReLU, a
+    skip-connection with the state itself. ("none" is not there: it adds 0.)
+    """
 
     def __init__(self, channels: int, stride: int):
         super().__init__()
-        self.ops = nn.ModuleList(candidate(name, channels, stride) for name in PRIMITIVES[1:])
+        self.max_pool = nn.Sequential(nn.MaxPool2d(3, stride, padding=1), nn.BatchNorm2d(channels))
+        average = nn.AvgPool2d(3, stride, padding=1, count_include_pad=False)
+        self.avg_pool = nn.Sequential(average, nn.BatchNorm2d(channels))
 
-    def forward(self, x: Tensor | State, weights: Tensor) -> Tensor:
-        """weights (8,): the softmax of the edge's alpha, in the order of PRIMITIVES."""
-        mixed = weights.new_zeros(())
-        for weight, f in zip(weights[1:], self.ops):  # "none" adds 0
-            mixed = torch.addcmul(mixed, weight, f(x))  # Eq. (5): mixed + weight * f(x), in one pass
-        return mixed
+    def forward(self, state: Tensor) -> dict[str, Tensor]:
+        begun = dict.fromkeys(PRIMITIVES[1:], F.relu(state))
+        begun["max_pool_3x3"] = self.max_pool(state)
+        begun["avg_pool_3x3"] = self.avg_pool(state)
+        begun["skip_connect"] = state
+        return begun
+
+
+def rest_of_operation(name: str, channels: int, stride: int) -> nn.Module:
+    """common.operation without what Beginnings makes."""
+    if name.endswith("pool_3x3"):
+        return nn.Identity()
+    layers = common.operation(name, channels, stride)
+    return layers if name == "skip_connect" else layers[1:]  # without the ReLU
 
 
 class DartsCell(nn.Module):
     """A cell whose 14 edges all carry the mixed operation.
 
-    s0 and s1, the outputs of the cell before last and of the last one, with c_before and c_in channels, to
-    (B, 4 * channels, H, W). s1 is (B, c_in, H, W), and so is s0 but for its channels; with `halved` s0 has twice the
-    height and width. With `reduction` the output has half of H and W.
+    s0 and s1 are the outputs of the cell before last and of the previous cell, with c_before and c_in channels. They
+    have one size, (B, ..., H, W), unless `halved`: then s0 has twice the height and width. The output is
+    (B, 4 * channels, H, W); with `reduction` it has half of H and W.
     """
 
     def __init__(self, c_before: int, c_in: int, channels: int, reduction: bool, halved: bool):
         super().__init__()
-        build = FactorizedReduce if halved else common.relu_conv_bn
-        self.preprocess0 = build(c_before, channels, affine=False)
-        self.preprocess1 = common.relu_conv_bn(c_in, channels, affine=False)
+        self.preprocess0 = FactorizedReduce(c_before, channels) if halved else common.relu_conv_bn(c_before, channels)
+        self.preprocess1 = common.relu_conv_bn(c_in, channels)
+        strides = [2 if reduction and i < 2 else 1 for i in range(NODES + 1)]  # of the edges from state i
+        self.begin = nn.ModuleList(Beginnings(channels, stride) for stride in strides)
         self.edges = nn.ModuleList()
         for j in range(NODES):
             for i in range(j + 2):
-                self.edges.append(MixedOp(channels, stride=2 if reduction and i < 2 else 1))
+                self.edges.append(MixedOp(channels, strides[i], self.begin[i]))
 
-    def forward(self, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
-        """weights (14, 8): the softmax of alpha, one row per edge, node by node."""
-        states = [State(self.preprocess0(s0)), State(self.preprocess1(s1))]
-        # Node by node: the sum of its edges from all earlier states
-        rows = weights.unbind(0)
-        first = 0  # the number of the node's first edge
-        for _ in range(NODES):
-            node = sum(self.edges[first + i](state, rows[first + i]) for i, state in enumerate(states))
-            first += len(states)
-            states.append(State(node))
-        return torch.cat([state.x for state in states[2:]], 1)  # (B, 4 channels, H, W)
+    def forward(self, s0: Tensor, s1: Tensor, alphas: Tensor) -> Tensor:
+        """alphas (14, 8): a row per edge, node by node."""
+        x = [self.begin[0](self.preprocess0(s0)), self.begin[1](self.preprocess1(s1))]
+        edges = zip(self.edges, alphas.unbind(0))
+        nodes = []
+        for j in range(NODES):
+            node = 0
+            for i in range(j + 2):
+                edge, alpha = next(edges)
+                node = node + edge(x[i], alpha)
+            nodes.append(node)
+            if j + 1 < NODES:  # no edge reads the last node
+                x.append(self.begin[j + 2](node))
+        return torch.cat(nodes, 1)  # (B, 4 channels, H, W)
 
 
 class DartsSupernet(nn.Module):
@@ -375,6 +272,7 @@ class DartsSupernet(nn.Module):
             c_before = c_in
             c_in = NODES * channels
             halved = reduction
+        common.fix_batch_norms(self.cells)  # a scale that learns could undo an operation's weight [A: DARTS]
         self.classifier = nn.Linear(c_in, num_classes)
         self.alphas_normal = nn.Parameter(1e-3 * torch.randn(14, len(PRIMITIVES)))
         self.alphas_reduce = nn.Parameter(1e-3 * torch.randn(14, len(PRIMITIVES)))
@@ -382,10 +280,9 @@ class DartsSupernet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         s0 = self.stem(x)
         s1 = self.stem1(s0)
-        normal = self.alphas_normal.softmax(1).to(s0.dtype)  # of Eq. (5)
-        reduce = self.alphas_reduce.softmax(1).to(s0.dtype)
         for i, cell in enumerate(self.cells):
-            s0, s1 = s1, cell(s0, s1, reduce if i in self.reductions else normal)
+            alphas = self.alphas_reduce if i in self.reductions else self.alphas_normal
+            s0, s1 = s1, cell(s0, s1, alphas)
         return self.classifier(s1.mean((2, 3)))
 
     def alphas(self) -> list[nn.Parameter]:
@@ -394,7 +291,7 @@ class DartsSupernet(nn.Module):
     def genotype(self) -> Genotype:
         """Alg. 1, line 16: every edge takes its strongest operation [P], never "none" [A: DARTS].
 
-        Of a node's edges the two with the strongest operations stay [A: DARTS].
+        Every node keeps two edges, those whose operations are strongest [A: DARTS].
         """
         cells = []
         for alphas in self.alphas():
@@ -425,12 +322,13 @@ QUIET = True if RANK > 0 else None  # tqdm's disable; None: no bar where there i
 class JointSearch:
     """Everything that the search learns, and its optimizers.
 
-    With --genotype the network is that genotype's, and there is no alpha; with --policy there are no z, p and mu.
+    genotype: None, or the network's: then there is no alpha. With --policy there are no z, p and mu.
     """
 
     def __init__(
         self, args: argparse.Namespace, data: common.Data, device: torch.device, genotype: Genotype | None = None
     ):
+        self.genotype = genotype
         stem = common.stem_for(data.train_images)
         if genotype:
             self.net = Network(genotype, len(data.classes), args.search_channels, args.search_layers, stem=stem)
@@ -439,9 +337,9 @@ class JointSearch:
             self.net = DartsSupernet(args.search_channels, len(data.classes), args.search_layers, stem)
             self.alphas = self.net.alphas()
         self.net.to(device, memory_format=torch.channels_last)
-        self.w = [parameter for name, parameter in self.net.named_parameters() if not name.startswith("alphas")]
+        self.w = [weight for name, weight in self.net.named_parameters() if not name.startswith("alphas")]
         self.policy = None if args.policy else Policy(args.sub_policies, args.stages).to(device)
-        self.upper = list(self.alphas)  # what Eq. (9) moves; the upper level of Eq. (8)
+        self.upper = list(self.alphas)  # what the upper level, Eq. (9), moves
         if self.policy:
             self.upper += self.policy.parameters()
 
@@ -459,15 +357,19 @@ class JointSearch:
         self.mean = mean.to(device)
         self.std = std.to(device)
 
+    def found(self) -> Genotype:
+        """The architecture that would be derived now, or that is given."""
+        return self.genotype or self.net.genotype()
+
     def state_dict(self) -> dict:
         return {name: part.state_dict() for name, part in self.parts.items()}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, saved: dict) -> None:
         for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+            part.load_state_dict(saved[name])
 
-    def loss(self, images: Tensor, labels: Tensor, amp: bool) -> tuple[Tensor, Tensor]:
-        """(loss, accuracy in %). The loss L(w, alpha, z, p, mu) is the cross-entropy.
+    def loss_and_accuracy(self, images: Tensor, labels: Tensor, amp: bool) -> tuple[Tensor, Tensor]:
+        """L(w, alpha, z, p, mu), the cross-entropy, and the accuracy in %.
 
         images uint8 (B, 3, H, W), labels (B,).
         """
@@ -484,7 +386,7 @@ class JointSearch:
 def average_gradients(params: list[Tensor]) -> None:
     """Under torchrun: every gradient becomes its mean over the processes, in place."""
     if dist.is_initialized():
-        grads = [p.grad for p in params if p.grad is not None]
+        grads = [parameter.grad for parameter in params if parameter.grad is not None]
         total = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(total)
         means = (total / dist.get_world_size()).split([g.numel() for g in grads])
@@ -510,7 +412,7 @@ def search_step(s: JointSearch, val: tuple[Tensor, Tensor], train: tuple[Tensor,
     """
     # Eq. (9): the policy and alpha, at the present w (xi = 0 in Eq. 8)
     only_differentiate(s.upper, frozen=s.w)
-    loss_val, accuracy_val = s.loss(*val, amp)  # lines 4 and 5
+    loss_val, accuracy_val = s.loss_and_accuracy(*val, amp)  # lines 4 and 5
     loss_val.backward()  # line 6: z, p, mu and alpha at once
     average_gradients(s.upper)
     if s.policy:
@@ -519,11 +421,11 @@ def search_step(s: JointSearch, val: tuple[Tensor, Tensor], train: tuple[Tensor,
     if s.alphas:
         s.alpha_optimizer.step()  # line 8
     measured = [loss_val.detach(), accuracy_val]
-    del loss_val  # and what its graph still holds
+    del loss_val  # and the memory of its graph, before the next one is made
 
     # Eq. (10): w, with the new policy and alpha
     only_differentiate(s.w, frozen=s.upper)
-    loss_train, accuracy_train = s.loss(*train, amp)  # lines 11 and 12
+    loss_train, accuracy_train = s.loss_and_accuracy(*train, amp)  # lines 11 and 12
     loss_train.backward()  # line 13
     average_gradients(s.w)
     nn.utils.clip_grad_norm_(s.w, GRAD_CLIP)  # [A: DARTS], not in Alg. 1
@@ -542,41 +444,59 @@ def run_joint(args: argparse.Namespace, device: torch.device) -> None:
     if (out / "result.json").exists():
         print(f"{out} is finished already:", (out / "result.json").read_text())
         return
-    data = load_data(args, device)
 
-    # What is given instead of searched. A resumed run reads its own copies
-    genotype = policy = None
-    if args.genotype:
-        copy = out / "genotype.json"
-        genotype = common.load_genotype(copy if copy.exists() else args.genotype)
+    data, genotype = prepare_joint(args, device)
+    print(f"{args.dataset}: {data.describe()}")
+    policy = None
     if args.policy and args.policy != "none":
         copy = out / "policy.json"
         policy = load_policy(copy if copy.exists() else args.policy)
+    with locked(out):
+        history, checkpoint = open_run(args, device, __file__)
+        if RANK == 0:
+            save_found(out, genotype, policy)  # what was given; the search adds the rest
 
-    # Too few images for a batch raise InputError here, before anything is written
+        if "train" not in checkpoint and not (args.genotype and args.policy):
+            s = search(args, data, device, genotype, history, checkpoint.get("search"))
+            if RANK == 0:  # Alg. 1, line 16: the final policy and architecture
+                save_found(out, s.found(), s.policy)
+        if WORLD > 1:
+            dist.barrier()  # until process 0 has written the files
+
+        net = None
+        if not args.search_only:
+            net = train(args, data, device, history, checkpoint.get("train"))
+        if RANK == 0:
+            save_joint(args, data, device, net, history)
+
+
+def prepare_joint(args: argparse.Namespace, device: torch.device) -> tuple[common.Data, Genotype | None]:
+    """The data of a run, and its genotype if that is given. Writes nothing; raises InputError for what does not fit."""
+    if RANK > 0:
+        dist.barrier()  # process 0 may have to download the data
+    data = common.load_data(
+        args.dataset, args.data_dir, args.image_size, args.limit_train, args.limit_test, args.workers, args.seed
+    ).to(device)
+    if WORLD > 1 and RANK == 0:
+        dist.barrier()
+
+    # Are there images enough for the batches of the search and of the training, and can the processes share them?
     count = len(data.train_images)
-    searched_images = min(args.search_images or count, count)
-    if not args.search_only:
-        common.batches(count, args.batch_size, 0, RANK, WORLD)
     if not (args.genotype and args.policy):
-        for half in (searched_images // 2, searched_images - searched_images // 2):
-            common.batches(half, args.search_batch_size, 0, RANK, WORLD)
+        searched = min(args.search_images or count, count)
+        for half in (searched // 2, searched - searched // 2):
+            common.batch_indices(half, args.search_batch_size, 0, RANK, WORLD)
+    if not args.search_only:
+        common.batch_indices(count, args.batch_size, 0, RANK, WORLD)
+        if args.auxiliary_weight:
+            common.check_auxiliary(data.train_images.shape[3])
 
-    if args.check:
-        return
-    directory = RunDirectory(args, device, RANK, WORLD)
-    if RANK == 0:
-        save_found(out, genotype, policy)
-    if "train" not in directory.state and not (args.genotype and args.policy):
-        s = search(args, data, device, genotype, directory)
-        if RANK == 0:  # Alg. 1, line 16: the final policy and architecture
-            save_found(out, None if genotype else s.net.genotype(), s.policy)
-    if WORLD > 1:
-        dist.barrier()  # until process 0 has written the files
-
-    net = None if args.search_only else train(args, data, device, directory)
-    if RANK == 0:
-        save_joint(args, data, device, net, directory)
+    # A resumed run reads its own copy
+    genotype = None
+    if args.genotype:
+        copy = Path(args.out) / "genotype.json"
+        genotype = common.load_genotype(copy if copy.exists() else args.genotype)
+    return data, genotype
 
 
 def save_found(out: Path, genotype: Genotype | None, policy: Policy | None) -> None:
@@ -584,7 +504,7 @@ def save_found(out: Path, genotype: Genotype | None, policy: Policy | None) -> N
     if genotype:
         common.save_genotype(genotype, out / "genotype.json")
     if policy:
-        save(out / "policy.json", policy.table())
+        save(out / "policy.json", policy.as_dict())
 
 
 def cosine(start: float, end: float, progress: float) -> float:
@@ -597,34 +517,40 @@ def search(
     data: common.Data,
     device: torch.device,
     genotype: Genotype | None,
-    directory: "RunDirectory",
+    history: list[dict],
+    saved: dict | None,
 ) -> JointSearch:
-    """Alg. 1 for --search-epochs epochs. genotype: None, or what the network is instead of a supernet."""
+    """Alg. 1 for --search-epochs epochs, or the rest of them.
+
+    genotype: None, or what the network is instead of a supernet. history: a record per epoch, of those that are done.
+    saved: the state of the search after them.
+    """
     torch.manual_seed(args.seed)
     s = JointSearch(args, data, device, genotype)
-    history = directory.history  # a record per epoch
-    if history:
-        s.load_state_dict(directory.state["search"])
+    if saved:
+        s.load_state_dict(saved)
 
     shuffled = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(args.seed)).to(device)
     D_train, D_val = shuffled[: args.search_images].chunk(2)  # 50/50 [A: DARTS]
     for epoch in range(len(history), args.search_epochs):  # Alg. 1, line 1
-        begun = time.time()
+        begun = time.perf_counter()
         lr = cosine(args.lr, args.lr / 25, epoch / args.search_epochs)  # 0.025 to 0.001 [A: DARTS]
         s.w_optimizer.param_groups[0]["lr"] = lr
         s.net.train()
 
-        # One seed per epoch, and two for its batches: a resumed run goes on as if it had never stopped
+        # One seed per epoch, and two for its batches: a resumed run goes on as if it had never stopped. (The factors
+        # keep the seeds of different runs, epochs and processes apart)
         seed = 100_003 * args.seed + epoch
         torch.manual_seed(1_009 * seed + RANK)
-        val_order = common.batches(len(D_val), args.search_batch_size, 2 * seed, RANK, WORLD).to(device)
-        train_order = common.batches(len(D_train), args.search_batch_size, 2 * seed + 1, RANK, WORLD).to(device)
+        val_order = common.batch_indices(len(D_val), args.search_batch_size, 2 * seed, RANK, WORLD).to(device)
+        train_order = common.batch_indices(len(D_train), args.search_batch_size, 2 * seed + 1, RANK, WORLD).to(device)
+
+        # A batch of D_val (line 3) and one of D_train (line 10)
         val_batches = common.loader(data.train_images, data.train_labels, D_val[val_order], train=True)
         train_batches = common.loader(data.train_images, data.train_labels, D_train[train_order], train=True)
+        batches = zip(val_batches, train_batches)
         steps = len(val_order)
         totals = torch.zeros(4, device=device)
-        batches = zip(val_batches, train_batches)
-        # Alg. 1: a batch of D_val (line 3) and one of D_train (line 10)
         for val, train in tqdm(batches, f"search {epoch + 1}", steps, leave=False, disable=QUIET):
             totals += search_step(s, val, train, args.amp)
 
@@ -632,7 +558,7 @@ def search(
         val_loss, val_accuracy, loss, accuracy = finite_means(totals / steps, [*s.w, *s.upper], epoch + 1, flags)
 
         # The epoch's record, with the architecture that would be derived now
-        found = genotype or s.net.genotype()
+        found = s.found()
         skips = [name for name, _ in found.normal].count("skip_connect")
         record = {
             "epoch": epoch + 1,
@@ -655,37 +581,41 @@ def search(
         if skips > 4 and not genotype:
             print("warning: most operations of the normal cell are skip-connections: the search may be collapsing.")
             print("metrics.jsonl has the genotype of every epoch: --genotype, with --policy, trains an earlier one")
-        directory.end_epoch(record, time.time() - begun, search=s.state_dict())
+        record["seconds"] = time.perf_counter() - begun
+        record["gpus"] = WORLD if device.type == "cuda" else 0
+        history.append(record)
+        save_epoch(Path(args.out), history, search=s.state_dict())
     return s
 
 
-def train(args: argparse.Namespace, data: common.Data, device: torch.device, directory: "RunDirectory") -> Network:
-    """Train the network of the run's genotype.json from scratch as DARTS does, with its policy.json if it has one."""
+def train(
+    args: argparse.Namespace, data: common.Data, device: torch.device, history: list[dict], saved: dict | None
+) -> Network:
+    """Train the network of the run's genotype.json from scratch as DARTS does, with its policy.json if it has one.
+
+    history: a record per epoch, those of the search first. saved: the state of the training after them.
+    """
     # The network, its optimizer, and the policy
+    out = Path(args.out)
     torch.manual_seed(args.seed)
-    genotype = common.load_genotype(directory.out / "genotype.json")
+    genotype = common.load_genotype(out / "genotype.json")
     stem = common.stem_for(data.train_images)
     net = Network(genotype, len(data.classes), args.channels, args.layers, args.auxiliary_weight > 0, stem)
     net.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     policy = None
     if args.policy != "none":
-        policy = load_policy(directory.out / "policy.json").to(device)
+        policy = load_policy(out / "policy.json").to(device)
     mean, std = common.mean_std(data.train_images)
     mean, std = mean.to(device), std.to(device)
-
-    # Where a stopped run goes on
-    history = directory.history
-    if "train" in directory.state:
-        net.load_state_dict(directory.state["train"]["net"])
-        optimizer.load_state_dict(directory.state["train"]["optimizer"])
+    if saved:
+        net.load_state_dict(saved["net"])
+        optimizer.load_state_dict(saved["optimizer"])
 
     searched = sum(record["phase"] == "search" for record in history)
     for epoch in range(len(history) - searched, args.train_epochs):
-        begun = time.time()
+        begun = time.perf_counter()
         lr = cosine(args.lr, 0.0, epoch / args.train_epochs)
-        if epoch < args.warmup_epochs:
-            lr *= (epoch + 1) / args.warmup_epochs
         optimizer.param_groups[0]["lr"] = lr
         net.drop_path_prob = args.drop_path * epoch / args.train_epochs
         net.train()
@@ -693,7 +623,7 @@ def train(args: argparse.Namespace, data: common.Data, device: torch.device, dir
         # One seed per epoch, as in the search
         seed = 100_003 * args.seed + len(history)
         torch.manual_seed(1_009 * seed + RANK)
-        order = common.batches(len(data.train_images), args.batch_size, seed, RANK, WORLD).to(device)
+        order = common.batch_indices(len(data.train_images), args.batch_size, seed, RANK, WORLD).to(device)
         batches = common.loader(data.train_images, data.train_labels, order, train=True)
         totals = torch.zeros(2, device=device)
         for images, labels in tqdm(batches, f"train {epoch + 1}", len(order), leave=False, disable=QUIET):
@@ -705,13 +635,12 @@ def train(args: argparse.Namespace, data: common.Data, device: torch.device, dir
 
             # The loss, and the auxiliary head's
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                out = net(x)
-            logits, auxiliary_logits = out if isinstance(out, tuple) else (out, None)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.label_smoothing)
+                output = net(x)
+            logits, auxiliary_logits = output if isinstance(output, tuple) else (output, None)
+            loss = F.cross_entropy(logits.float(), labels)
             objective = loss
             if auxiliary_logits is not None:
-                extra = F.cross_entropy(auxiliary_logits.float(), labels, label_smoothing=args.label_smoothing)
-                objective = loss + args.auxiliary_weight * extra
+                objective = loss + args.auxiliary_weight * F.cross_entropy(auxiliary_logits.float(), labels)
 
             optimizer.zero_grad()
             objective.backward()
@@ -737,20 +666,301 @@ def train(args: argparse.Namespace, data: common.Data, device: torch.device, dir
             f"epoch {record['epoch']}  train  loss {loss:.3f}  train {accuracy:.1f} %  "
             f"test {test_accuracy:.1f} %  lr {lr:.4f}"
         )
-        state = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
-        directory.end_epoch(record, time.time() - begun, train=state)
+        record["seconds"] = time.perf_counter() - begun
+        record["gpus"] = WORLD if device.type == "cuda" else 0
+        history.append(record)
+        save_epoch(out, history, train={"net": net.state_dict(), "optimizer": optimizer.state_dict()})
     return net
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+# ---------------------------------------------------------------------------------------------------------------------
+
+PRESETS = {
+    "paper": {},  # the defaults of the flags: CIFAR-10
+    "quick": dict(
+        dataset="shapes", search_epochs=4, search_images=768, search_channels=8, search_layers=3, arch_lr=3e-3,
+        policy_lr=1e-2, train_epochs=4, batch_size=64, channels=8, layers=3, lr=0.1, auxiliary_weight=0.0,
+        drop_path=0.0, cutout=0,
+    ),
+}  # fmt: skip
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    summary = __doc__.split("\n")[0] + " [P] paper, [A] public code, [C] our choice."
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags]", description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+
+    add = parser.add_argument_group("what to run, on what").add_argument
+    add("--preset", choices=list(PRESETS), default="paper", help="sets the flags that are not given")
+    add("--dataset", choices=common.DATASETS, default="cifar10", help="data set")
+    add("--data-dir", type=os.path.expanduser, default="data", help="where data sets are, or are downloaded to")
+    add("--image-size", type=at_least(8), help="scale to this side; None: 224 for photographs, else as they are")
+    add("--limit-train", type=at_least(2), help="use only so many training images")
+    add("--limit-test", type=at_least(1), help="use only so many test images")
+    add("--workers", type=at_least(0), default=4, help="processes that read photographs")
+    add("--seed", type=at_least(0, 2**31), default=0, help="seed of everything random")
+    add("--gpu", type=at_least(-1), default=0 if torch.cuda.is_available() else -1, help="GPU number; -1 is the CPU")
+    add("--amp", action="store_true", help="bfloat16 autocast (GPU only)")
+    add("--out", type=os.path.expanduser, help="run directory; None is runs/<script>-<dataset>-seed<seed>")
+    add("--resume", action="store_true", help="go on with the run in --out, if there is one")
+
+    add = parser.add_argument_group("search").add_argument
+    add("--search-epochs", type=at_least(1), default=50, help="epochs of search; the paper has 50 and 25 [P]")
+    add("--search-batch-size", type=at_least(2), default=64, help="images per batch of the search [A: DARTS]")
+    add("--search-images", type=at_least(4), help="search on so many of the training images; None: on all")
+    add("--search-channels", type=at_least(2), default=16, help="channels of the supernet, even [A: DARTS]")
+    add("--search-layers", type=at_least(3), default=8, help="cells of the supernet [A: DARTS]")
+    add("--search-only", action="store_true", help="stop after the search, with what it found")
+    add("--genotype", type=os.path.expanduser, help=f"no search of alpha: {', '.join(common.GENOTYPES)}, or a file")
+    add("--arch-lr", type=at_least(0.0), default=3e-4, help="Adam's learning rate for alpha [A: DARTS]")
+    add("--policy", type=os.path.expanduser, help="no policy search: the training uses this file, or `none`")
+    add("--policy-lr", type=at_least(0.0), default=1e-3, help="Adam's learning rate for z, p and mu [A]")
+    add("--sub-policies", type=at_least(1), default=10, help="L, sub-policies of a policy [P]")
+    add("--stages", type=at_least(1), default=2, help="K, operations of a sub-policy, one after the other [P]")
+
+    add = parser.add_argument_group("training (--lr and --weight-decay also move w in the search)").add_argument
+    add("--train-epochs", type=at_least(0), default=600, help="epochs of training [P]")
+    add("--batch-size", type=at_least(2), default=96, help="images per step, over all processes [A: DARTS]")
+    add("--channels", type=at_least(2), default=36, help="channels of the first cells, even [A: DARTS]")
+    add("--layers", type=at_least(3), default=20, help="cells; reductions at 1/3 and 2/3 [A: DARTS]")
+    add("--lr", type=at_least(0.0), default=0.025, help="learning rate at the start [A: DARTS]")
+    add("--weight-decay", type=at_least(0.0), default=3e-4, help="weight decay [A: DARTS]")
+    add("--auxiliary-weight", type=at_least(0.0), default=0.4, help="weight of the auxiliary head's loss [A: DARTS]")
+    add("--drop-path", type=at_least(0.0, 1.0), default=0.2, help="probability at the end of training [A: DARTS]")
+    add("--cutout", type=at_least(0), default=16, help="side of the square, in pixels [A: DARTS]")
+
+    # The preset replaces defaults, which --help then shows; flags that are given win
+    first_look = argparse.ArgumentParser(usage=parser.usage, add_help=False)
+    first_look.add_argument("--preset", default="paper")
+    preset = first_look.parse_known_args(argv)[0].preset
+    parser.set_defaults(**PRESETS.get(preset, {}))
+
+    # A run that --resume goes on with has saved its flags. argparse keeps what a namespace has and argv does not name
+    args = parser.parse_args(argv)
+    args.out = args.out or f"runs/joint_darts_faa-{args.dataset}-seed{args.seed}"
+    saved = saved_flags(parser, args, __file__)
+    args = parser.parse_args(argv, argparse.Namespace(**{**saved, "out": args.out}))
+    refuse_changes(parser, args, saved)
+
+    if args.channels % 2 or args.search_channels % 2:
+        parser.error("--channels and --search-channels must be even: a factorized reduction splits them in two")
+    if not (args.train_epochs or args.search_only) or (args.search_only and args.genotype and args.policy):
+        parser.error("nothing to do: --train-epochs 0 needs --search-only, and something to search")
+    if args.amp and args.gpu < 0:
+        print("note: --amp is for a GPU: it is switched off")
+        args.amp = False
+    return args
+
+
+def at_least(low: float, below: float = math.inf):
+    """A `type` for argparse: numbers of low's own type, in [low, below)."""
+
+    def number(text: str) -> float:
+        value = type(low)(text)
+        if not low <= value < below:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {below})")
+        return value
+
+    return number
+
+
+RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "genotype.json", "policy.json", "model.pt", "result.json")
+PLACES = ("out", "resume", "gpu", "amp", "workers", "data_dir")  # flags that --resume may change
+
+
+def saved_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, script: str) -> dict:
+    """The flags of the run in --out, from its config.json, if --resume finds one there; {} if a new run may begin.
+
+    script: the path of the one that runs. Ends the program where a run lies that is not to be gone on with.
+    """
+    folder = Path(args.out)
+    name = Path(script).name
+    if args.resume and (folder / "config.json").exists():
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            if config["script"] != name:
+                parser.error(f"{folder} holds a run of {config['script']}")
+            return dict(config["args"])
+        except (OSError, ValueError, TypeError, LookupError) as error:
+            parser.error(f"cannot read {folder / 'config.json'}: {type(error).__name__}")
+
+    for file in (*RUN_FILES, name):
+        if (folder / file).exists():
+            parser.error(f"{folder} holds the {file} of a run: choose another --out, or --resume that run")
+    return {}
+
+
+def refuse_changes(parser: argparse.ArgumentParser, args: argparse.Namespace, saved: dict) -> None:
+    """End the program if args say otherwise than the saved flags of the run that --resume goes on with."""
+    for name, value in saved.items():
+        if name not in PLACES and getattr(args, name) != value:
+            parser.error(f"{args.out} was started with {name} = {value}: leave flags that differ out")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Around a run: processes, device, evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def join_processes(args: argparse.Namespace) -> None:
+    """Under torchrun: join the process group, and give every process a GPU of its own."""
+    if WORLD > 1:
+        dist.init_process_group("gloo" if args.gpu < 0 else "cpu:gloo,cuda:nccl")
+        if args.gpu >= 0:
+            args.gpu = int(os.environ["LOCAL_RANK"])
+
+
+def device_of(gpu: int) -> torch.device:
+    """The CPU for -1, else that GPU, set up for speed. Raises InputError if there is no such GPU."""
+    if gpu < 0:
+        return torch.device("cpu")
+    if gpu >= torch.cuda.device_count():
+        raise InputError(f"no GPU {gpu}: this machine has {torch.cuda.device_count()}; --gpu -1 is the CPU")
+    torch.cuda.set_device(gpu)
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")  # TF32
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    return torch.device("cuda", gpu)
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, images: Tensor | common.Photos, labels: Tensor, mean: Tensor, std: Tensor) -> float:
+    """Accuracy in % on the images of a data set; leaves the network's mode as it was."""
+    training = net.training
+    net.eval()
+    order = torch.arange(len(labels), device=labels.device).split(500 if images.shape[3] < 64 else 50)
+    correct = torch.zeros((), device=labels.device)
+    for x, y in common.loader(images, labels, order, train=False):
+        correct += (net(common.normalize(x, mean, std)).argmax(1) == y).sum()
+    net.train(training)
+    return 100 * float(correct) / len(labels)
+
+
+def finite_means(means: Tensor, learned: list[Tensor], epoch: int, flags: str) -> list[float]:
+    """An epoch's means, over all processes. Ends the program if one of them or of what is learned is not finite."""
+    if dist.is_initialized():
+        dist.all_reduce(means)
+        means = means / dist.get_world_size()
+    norms = torch.stack(torch._foreach_norm(learned))
+    if not (means.isfinite().all() and norms.isfinite().all()):
+        sys.exit(
+            f"error: the loss is not finite in epoch {epoch}: start again with a lower {flags}; "
+            "the last good checkpoint is kept"
+        )
+    return means.tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run directory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder if it is not there, and let no other process write it until the block ends, however it ends."""
+    if RANK > 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        yield
+        return
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InputError(f"another process is writing {folder}") from None
+    except OSError as error:
+        print(f"warning: {folder} cannot be locked ({error.strerror}): start no second run in it")
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def open_run(args: argparse.Namespace, device: torch.device, script: str) -> tuple[list[dict], dict]:
+    """Begin the run in --out, or go on with it: its history, and all of its checkpoint.pt; both empty at the start."""
+    out = Path(args.out)
+    source = Path(script)
+    if RANK == 0:
+        config = {
+            "script": source.name,
+            "args": vars(args),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "python": sys.version,
+            "device": str(device),
+        }
+        if not (out / "config.json").exists():
+            save(out / "config.json", config)
+        if not (out / source.name).exists():
+            (out / source.name).write_bytes(source.read_bytes())
+
+    if not (out / "checkpoint.pt").exists():
+        return [], {}
+    try:
+        checkpoint = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+        return checkpoint["history"], checkpoint
+    except Exception as error:  # a damaged file can make the unpickler raise anything
+        raise InputError(f"cannot read {out}/checkpoint.pt: delete {out}, start again") from error
+
+
+def save_epoch(out: Path, history: list[dict], **learned: dict) -> None:
+    """checkpoint.pt, then metrics.jsonl, which is written whole from the history: a killed run loses no line."""
+    if RANK == 0:
+        save(out / "checkpoint.pt", {"history": history, **learned})
+        save(out / "metrics.jsonl", history)
+
+
+def save(path: Path, content: dict | list) -> None:
+    """Write a .pt, .json or .jsonl file, whole or not at all: a file that is there is complete."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        if path.suffix == ".pt":
+            torch.save(content, file)
+        elif path.suffix == ".jsonl":
+            file.writelines(json.dumps(record).encode() + b"\n" for record in content)
+        else:
+            file.write(json.dumps(content, indent=1).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def costs(history: list[dict]) -> dict:
+    """Epochs, seconds and GPU hours of a run, for result.json."""
+    search = [record for record in history if record["phase"] != "train"]
+    return {
+        "epochs": len(history),
+        "search_epochs": len(search),
+        "seconds": sum(record["seconds"] for record in history),
+        "search_seconds": sum(record["seconds"] for record in search),
+        "gpu_hours": sum(record["seconds"] * record["gpus"] for record in history) / 3600,
+    }
+
+
 def save_joint(
-    args: argparse.Namespace, data: common.Data, device: torch.device, net: Network | None, directory: "RunDirectory"
+    args: argparse.Namespace, data: common.Data, device: torch.device, net: Network | None, history: list[dict]
 ) -> None:
-    """Write model.pt, the figures, and last result.json: all is there. net: None after --search-only."""
-    out = directory.out
+    """Write metrics.jsonl, model.pt, the figures, and at the end result.json. net: None after --search-only."""
+    out = Path(args.out)
+    save(out / "metrics.jsonl", history)  # the run may have been killed before it could
     genotype = common.load_genotype(out / "genotype.json")
-    stem = common.stem_for(data.train_images)
-    plain = Network(genotype, len(data.classes), args.channels, args.layers, stem=stem).to(device)  # no auxiliary head
-    image_size = data.train_images.shape[-1]
+    image_size = data.train_images.shape[3]
+    size = {
+        "num_classes": len(data.classes),
+        "channels": args.channels,
+        "layers": args.layers,
+        "stem": common.stem_for(data.train_images),
+    }
+    plain = Network(genotype, **size).to(device)  # no auxiliary head
 
     # A name for the run. "DARTS + Faster AA" is Table 1's "Ours"
     method = "given genotype" if args.genotype else "DARTS"
@@ -765,20 +975,18 @@ def save_joint(
         "params": common.count_parameters(plain),
         "flops": common.count_flops(plain, image_size),
         "genotype": str(genotype),
-        **directory.costs(),
+        **costs(history),
     }
 
     # The trained network, with all that its user needs
     if net is not None:
         plain.load_state_dict(net.state_dict(), strict=False)
         mean, std = common.mean_std(data.train_images)
-        result = {"test_accuracy": directory.history[-1]["test_accuracy"], **result}
+        result = {"test_accuracy": history[-1]["test_accuracy"], **result}
         model = {
-            "state_dict": {name: value.cpu() for name, value in plain.state_dict().items()},
+            "state_dict": {name: value.cpu().contiguous() for name, value in plain.state_dict().items()},
             "genotype": str(genotype),
-            "channels": args.channels,
-            "layers": args.layers,
-            "stem": stem,
+            **size,
             "classes": data.classes,
             "image_size": image_size,
             "mean": mean.cpu(),
@@ -788,7 +996,7 @@ def save_joint(
 
     first = torch.arange(min(8, len(data.test_labels)), device=device)[None]
     images, _ = next(common.loader(data.test_images, data.test_labels, first, train=False))
-    draw_joint(directory, genotype, images.cpu() / 255)
+    draw_joint(out, history, genotype, images.cpu() / 255)
     save(out / "result.json", result)
     print(json.dumps(result, indent=1))
 
@@ -797,6 +1005,8 @@ def load_policy(path: str | Path) -> Policy:
     """The policy in a policy.json, for `augment`. Raises InputError where the file holds none."""
     try:
         content = json.loads(Path(path).read_text())
+        if "probability" in content:
+            raise ValueError("it is one of dha.py, whose operations come in pairs, and not this script's")
         numbers = {name: torch.tensor(content[name], dtype=torch.float32) for name in ("z", "p", "mu")}
         policy = Policy(*numbers["z"].shape[:2], eta=float(content["eta"]))
         policy.load_state_dict(numbers)
@@ -819,20 +1029,33 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[
     try:
         info = torch.load(path, map_location=device, weights_only=True)
         genotype = common.parse_genotype(info["genotype"])
-        net = Network(genotype, len(info["classes"]), info["channels"], info["layers"], stem=info["stem"])
+        net = Network(genotype, info["num_classes"], info["channels"], info["layers"], stem=info["stem"])
         net.load_state_dict(info.pop("state_dict"))
     except Exception as error:  # a damaged file can make the unpickler raise anything
-        raise InputError(f"cannot read the model {path}: {type(error).__name__}") from error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"cannot read the model {path}: {reason}") from error
     return net.to(device).eval(), info
 
 
-def draw_joint(directory: "RunDirectory", genotype: Genotype, images: Tensor) -> None:
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"  # the environment may name a backend that is not installed
+try:
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+except (ImportError, ValueError):
+    Figure = None  # no figures
+
+
+def draw_joint(out: Path, history: list[dict], genotype: Genotype, images: Tensor) -> None:
     """images.png, cells.png, curves.png, and selection.png, the paper's Figure 2.
 
     selection.png has softmax(z / eta), its mean over sub-policies and stages [C]. images: test images (B, 3, H, W) in
     [0, 1]; images.png shows what the policy does to them.
     """
-    out, history = directory.out, directory.history
     if (out / "policy.json").exists():
         torch.manual_seed(0)
         policy = load_policy(out / "policy.json")
@@ -844,12 +1067,12 @@ def draw_joint(directory: "RunDirectory", genotype: Genotype, images: Tensor) ->
         print("no figures: matplotlib is missing (pip install matplotlib)")
         return
     draw_cells(out / "cells.png", genotype)
-    curves = {
+    panels = {
         "loss (nats)": ["loss", "val_loss"],
         "accuracy (%)": ["train_accuracy", "val_accuracy", "test_accuracy"],
         "skip-connections, of 8 operations": ["skip_connects", "skip_connects_reduce"],
     }
-    draw_curves(out / "curves.png", history, curves)
+    draw_curves(out / "curves.png", history, panels)
 
     search = [record for record in history if "selection" in record]
     if search:
@@ -889,231 +1112,16 @@ def draw_cells(path: Path, genotype: Genotype) -> None:
     figure.savefig(path, bbox_inches="tight", dpi=150)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Around a run: device, data, evaluation, files
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def join_processes(args: argparse.Namespace) -> None:
-    """Under torchrun: join the process group, and give every process a GPU of its own."""
-    if WORLD > 1:
-        dist.init_process_group("gloo" if args.gpu < 0 else "cpu:gloo,cuda:nccl")
-        if args.gpu >= 0:
-            args.gpu = int(os.environ["LOCAL_RANK"])
-
-
-def device_of(gpu: int) -> torch.device:
-    """The CPU for -1, else that GPU, set up for speed. Raises InputError if there is no such GPU."""
-    if gpu < 0:
-        return torch.device("cpu")
-    if gpu >= torch.cuda.device_count():
-        raise InputError(f"no GPU {gpu}: this machine has {torch.cuda.device_count()}; --gpu -1 is the CPU")
-    torch.cuda.set_device(gpu)
-    torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")  # TF32
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    return torch.device("cuda", gpu)
-
-
-def load_data(args: argparse.Namespace, device: torch.device) -> common.Data:
-    """The data set of the flags, on the device. Raises InputError where a network cannot be trained on it."""
-    if RANK > 0:
-        dist.barrier()  # process 0 may have to download it
-    data = common.load_data(
-        args.dataset, args.data_dir, args.image_size, args.limit_train, args.limit_test, args.workers, args.seed
-    )
-    if WORLD > 1 and RANK == 0:
-        dist.barrier()
-
-    H, W = data.train_images.shape[-2:]
-    if H != W:
-        raise InputError(f"images are {W}x{H}: --image-size makes them square")
-    if len(data.classes) < 2:
-        raise InputError("there is one class only")
-    if args.auxiliary_weight and (H < 29 or 64 <= H < 193):  # from 64 on with the ImageNet stem
-        raise InputError(f"{H} pixels are too few for the auxiliary head: give --auxiliary-weight 0")
-    return data.to(device)
-
-
-@torch.no_grad()
-def evaluate(net: nn.Module, images: Tensor | common.Photos, labels: Tensor, mean: Tensor, std: Tensor) -> float:
-    """Accuracy in % on the images of a data set; leaves the network's mode as it was."""
-    training = net.training
-    net.eval()
-    order = torch.arange(len(labels), device=labels.device).split(500 if images.shape[3] < 64 else 50)
-    correct = torch.zeros((), device=labels.device)
-    for x, y in common.loader(images, labels, order, train=False):
-        correct += (net(common.normalize(x, mean, std)).argmax(1) == y).sum()
-    net.train(training)
-    return 100 * float(correct) / len(labels)
-
-
-def evaluate_run(args: argparse.Namespace, device: torch.device, net: nn.Module, info: dict) -> None:
-    """--evaluate: the test accuracy of a finished run's network, on its own data set unless flags name another."""
-    args.limit_train = 2  # training images are not needed
-    args.auxiliary_weight = 0.0
-    data = load_data(args, device)
-    if data.classes != info["classes"]:
-        raise InputError(f"the data set has other classes than the model, {', '.join(info['classes'][:3])}, ...")
-    mean, std = info["mean"].to(device), info["std"].to(device)
-    accuracy = evaluate(net, data.test_images, data.test_labels, mean, std)
-    print(f"test accuracy: {accuracy:.2f} % of {len(data.test_labels)} images")
-
-
-def finite_means(means: Tensor, learned: list[Tensor], epoch: int, flags: str) -> list[float]:
-    """An epoch's means, over all processes. Ends the program if one of them or of what is learned is not finite."""
-    if dist.is_initialized():
-        dist.all_reduce(means)
-        means = means / dist.get_world_size()
-    if not (means.isfinite().all() and all(p.isfinite().all() for p in learned)):
-        sys.exit(
-            f"error: the loss is not finite in epoch {epoch}: start again with a lower {flags}; "
-            "the last good checkpoint is kept"
-        )
-    return means.tolist()
-
-
-# Flags that say where a run lies and computes: --resume may change them
-PLACES = ("out", "resume", "check", "gpu", "processes", "workers", "data_dir")
-
-
-def settings_of_run(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """Parse argv. With --resume or --evaluate, what argv does not name comes from the run in that directory.
-
-    Writes nothing. Ends the program where --out holds something else, or a flag contradicts the run that
-    --resume goes on with.
-    """
-    script = Path(__file__)
-    args = parser.parse_args(argv)
-    folder = Path(args.evaluate or args.out or f"runs/{script.stem}-{args.dataset}-seed{args.seed}")
-    args.out = str(folder)
-
-    # A new run: its directory must not hold anything else
-    if not args.evaluate and not (args.resume and (folder / "config.json").exists()):
-        begun = {"metrics.jsonl", script.name, "config.json.part"}  # what a start that was killed may have left
-        if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= begun):
-            parser.error(f"{folder} exists: choose another --out, or go on with its run by --resume")
-        return args
-
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        saved = dict(config["args"])
-        if config["script"] != script.name:
-            parser.error(f"{folder} holds a run of {config['script']}")
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        parser.error(f"cannot read {folder / 'config.json'}: {type(error).__name__}")
-
-    # argparse fills a given namespace, and leaves what argv does not name
-    evaluated = args.evaluate
-    args = parser.parse_args(argv, argparse.Namespace(**saved))
-    args.out = str(folder)
-    args.evaluate = evaluated
-    for name, value in saved.items():
-        if not evaluated and name not in PLACES and getattr(args, name) != value:
-            parser.error(f"{folder} was started with {name} = {value}: leave flags that differ out")
-    return args
-
-
-class RunDirectory:
-    """The directory --out, made or gone on with, and locked while the process lives.
-
-    config.json: settings and versions. metrics.jsonl: `history`, one record per epoch. checkpoint.pt: `state`, what
-    --resume needs. rank, world: the number of this process and how many there are; only process 0 writes.
-    """
-
-    def __init__(self, args: argparse.Namespace, device: torch.device, rank: int = 0, world: int = 1):
-        self.out = Path(args.out)
-        self.rank = rank
-        self.world = world
-        self.state = {}
-        self.history = []
-        self.seconds = {"all": 0.0, "search": 0.0, "gpu": 0.0}
-        script = Path(__file__)
-        if self.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            self.log = open(self.out / "metrics.jsonl", "a")
-            try:
-                fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"another process is writing {self.out}") from None
-
-        # Load the checkpoint
-        if (self.out / "checkpoint.pt").exists():
-            try:
-                self.state = torch.load(self.out / "checkpoint.pt", map_location="cpu", weights_only=True)
-                self.history = self.state["history"]
-                self.seconds = self.state["seconds"]
-            except Exception as error:  # a damaged file can make the unpickler raise anything
-                raise InputError(f"cannot read {self.out}/checkpoint.pt: delete {self.out}, start again") from error
-
-        # What the run is, for its reader and for --resume
-        if self.rank == 0 and not (self.out / "config.json").exists():
-            git = ["git", "-C", str(script.parent), "rev-parse", "HEAD"]
-            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-            config = {
-                "script": script.name,
-                "args": vars(args),
-                "torch": torch.__version__,
-                "torchvision": torchvision.__version__,
-                "python": sys.version,
-                "device": str(device),
-                "processes": world,
-                "git_commit": commit or None,
-            }
-            (self.out / script.name).write_bytes(script.read_bytes())
-            save(self.out / "config.json", config)
-        # A killed run's log may lack a line that its checkpoint has
-        if self.rank == 0:
-            self.log.truncate(0)
-            for record in self.history:
-                print(json.dumps(record), file=self.log, flush=True)
-
-    def end_epoch(self, record: dict, seconds: float, **state) -> None:
-        """Keep an epoch's record, and all that is needed to go on after it."""
-        self.history.append(record)
-        self.seconds["all"] += seconds
-        self.seconds["gpu"] += seconds * self.world
-        if record["phase"] != "train":
-            self.seconds["search"] += seconds
-        if self.rank == 0:
-            save(self.out / "checkpoint.pt", {"history": self.history, "seconds": self.seconds, **state})
-            print(json.dumps(record), file=self.log, flush=True)
-
-    def costs(self) -> dict:
-        """Epochs, seconds and GPU hours so far, for result.json."""
-        return {
-            "epochs": len(self.history),
-            "search_epochs": sum(record["phase"] != "train" for record in self.history),
-            "seconds": self.seconds["all"],
-            "search_seconds": self.seconds["search"],
-            "gpu_hours": self.seconds["gpu"] / 3600,
-        }
-
-
-def save(path: Path, content: dict) -> None:
-    """Write a .pt or .json file, whole or not at all: a file that is there is complete."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        if path.suffix == ".pt":
-            torch.save(content, file)
-        else:
-            file.write(json.dumps(content, indent=1).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
 def main(argv: list[str]) -> None:
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
-    args = parse_args(argv)
+    elif hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(line_buffering=True)  # so that a job's log has every line at once
+
     try:
+        args = parse_args(argv)
         join_processes(args)
-        device = device_of(args.gpu)
-        if args.evaluate:
-            evaluate_run(args, device, *load_network(Path(args.evaluate) / "model.pt", device))
-        else:
-            run_joint(args, device)
+        run_joint(args, device_of(args.gpu))
     except (InputError, OSError, torch.cuda.OutOfMemoryError) as error:  # all else keeps its traceback
         print("error:", *str(error).splitlines()[:1], file=sys.stderr)
         sys.exit(2)

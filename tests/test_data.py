@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
-from common import InputError, batches, cutout, load_data, mean_std, normalize, random_crop_flip, shapes
+from common import InputError, batch_indices, cutout, load_data, mean_std, normalize, random_crop_flip, shapes
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +128,8 @@ def test_load_shapes(fewer):
     assert (train, test) == (6000, 1000) and train_seed != test_seed
     assert [len(x) for x in data[:4]] == [600, 600, 100, 100]
     assert data.classes == list(common.SHAPE_CLASSES) and len(set(data.classes)) == 10
+    assert data.describe() == "600 images to train on, 100 to test on, 10 classes, 32 x 32 pixels"
+    assert data._replace(train_labels=torch.zeros(60_000)).describe().startswith("60,000 images to train on, 100 ")
     moved = data.to("meta")
     assert [x.device.type for x in moved[:4]] == ["meta"] * 4 and moved.classes == data.classes
 
@@ -168,9 +171,11 @@ def put(path, image):
 
 
 def put_both(root, images):
+    """The same images to train and to test on, in their order: the last in a class of its own."""
+    *_, last = images
     for split in ("train", "test"):
         for name, image in images.items():
-            put(root / split / "x" / name, image)
+            put(root / split / ("y" if name == last else "x") / name, image)
 
 
 def make_folder(root, test="test", size=(8, 8), count=3):
@@ -188,11 +193,11 @@ def make_folder(root, test="test", size=(8, 8), count=3):
 @pytest.mark.parametrize("test", ["test", "val"])
 @pytest.mark.parametrize("limits", [(None, None), (6, 4)], ids=str)
 def test_folder(test, limits, tmp_path):
-    origin = make_folder(tmp_path, test, size=(8, 6))
+    origin = make_folder(tmp_path, test)
     data = load_data("folder", tmp_path, limit_train=limits[0], limit_test=limits[1], workers=1)
     assert data.classes == ["ant", "bee", "cat"]
     for (images, labels), split, limit in zip(halves(data), ("train", test), limits):
-        assert images.shape == (limit or 9, 3, 8, 6)
+        assert images.shape == (limit or 9, 3, 8, 8)
         assert len(torch.unique(images, dim=0)) == len(images) and len(labels.unique()) > 1
         got = [origin[image.tobytes()] for image in as_arrays(images)]
         assert got == [(split, data.classes[k]) for k in labels]
@@ -275,6 +280,38 @@ def test_folder_with_a_class_that_is_only_trained_on(kept, tmp_path):
     assert data.classes == ["ant", "bee", "cat"]
     assert data.train_labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
     assert data.test_labels.tolist() == [0] * 3 + [2] * 3
+
+
+@pytest.mark.parametrize("kind", ["files", "hidden folders", "nothing"])
+def test_a_flat_test_folder_beside_val_is_imagenets(kind, tmp_path):
+    """As unpacked: val/ sorted into classes, test/ without labels."""
+    origin = make_folder(tmp_path, "val")
+    (tmp_path / "test").mkdir()
+    if kind == "files":
+        put(tmp_path / "test" / "1.png", noise(8, 8, 3, seed=99))
+    if kind == "hidden folders":
+        (tmp_path / "test" / ".cache").mkdir()
+    data = load_data("folder", tmp_path)
+    assert {origin[image.tobytes()][0] for image in as_arrays(data.test_images)} == {"val"}
+    assert len(data.test_images) == 9
+
+    put(tmp_path / "test" / "bee" / "1.png", noise(8, 8, 3, seed=100))  # with classes test/ is meant
+    assert load_data("folder", tmp_path).test_labels.tolist() == [1]
+
+
+def test_images_that_are_not_square_are_refused(tmp_path):
+    make_folder(tmp_path, size=(8, 6))
+    with pytest.raises(InputError, match="^images are 6x8: --image-size makes them square$"):
+        load_data("folder", tmp_path)
+    assert load_data("folder", tmp_path, image_size=6).train_images.shape == (9, 3, 6, 6)
+
+
+def test_one_class_is_refused(tmp_path):
+    make_folder(tmp_path)
+    for name in ("train/bee", "train/cat", "test/bee", "test/cat"):
+        (tmp_path / name).rename(tmp_path / name.replace("/", " "))
+    with pytest.raises(InputError, match="^there is one class only$"):
+        load_data("folder", tmp_path)
 
 
 def each(split, change):
@@ -474,6 +511,39 @@ def test_mean_std():
     assert (std > 0).all()  # nothing is divided by 0
 
 
+def test_mean_std_of_many_images():
+    images = noise(3001, 3, 32, 32) // np.array([1, 2, 90], np.uint8).reshape(1, 3, 1, 1)
+    mean, std = mean_std(torch.from_numpy(images))
+    for c in range(3):
+        levels = images[:, c].astype(np.float64) / 255
+        assert abs(mean[c] - levels.mean()) < 1e-6 and abs(std[c] - levels.std()) < 1e-6
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes of a tensor that is made and is no view of `given`."""
+
+    def __init__(self, given):
+        super().__init__()
+        self.place, self.bytes = given.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for part in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(part, torch.Tensor) and part.untyped_storage().data_ptr() != self.place:
+                self.bytes = max(self.bytes, part.untyped_storage().nbytes())
+        return out
+
+
+def test_mean_std_takes_no_more_memory_for_more_images():
+    taken = []
+    for count in (1000, 8000):
+        images = torch.zeros(count, 3, 32, 32, dtype=torch.uint8)
+        with Largest(images) as largest:
+            mean_std(images)
+        taken.append(largest.bytes)
+    assert 0 < taken[0] == taken[1] < images.nbytes
+
+
 def test_normalize():
     images = torch.from_numpy(noise(20, 3, 8, 6))
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 1, 2])
@@ -489,42 +559,42 @@ def test_normalize():
 @pytest.mark.parametrize("count, size, world", [(12, 4, 1), (50, 8, 2), (31, 6, 3), (10, 10, 5), (3, 8, 1)])
 def test_batches(count, size, world):
     state = torch.get_rng_state()
-    whole, size = batches(count, size, seed=1), min(size, count)  # a batch holds at most all images
+    whole, size = batch_indices(count, size, seed=1), min(size, count)  # a batch holds at most all images
     assert whole.shape == (count // size, size) and whole.dtype == torch.int64
     drawn = whole.flatten().tolist()
     assert len(set(drawn)) == len(drawn) and set(drawn) <= set(range(count))
-    shares = [batches(count, size, 1, rank, world) for rank in range(world)]
+    shares = [batch_indices(count, size, 1, rank, world) for rank in range(world)]
     assert all(share.shape == (count // size, size // world) for share in shares)
     assert torch.equal(torch.cat(shares, 1).sort().values, whole.sort().values)
-    assert torch.equal(batches(count, size, seed=1), whole) and torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(batch_indices(count, size, seed=1), whole) and torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("count, size, world", [(50, 8, 3), (5, 8, 2), (8, 4, 4), (50, 1, 1), (1, 8, 1), (0, 8, 1)])
 def test_a_share_that_is_uneven_or_a_single_image_is_refused(count, size, world):
     """Batch norm has no statistics of one image."""
     with pytest.raises(InputError, match=rf"^[^\n]*{min(count, size)} images[^\n]*{world} process[^\n]*$"):
-        batches(count, size, 0, 0, world)
+        batch_indices(count, size, 0, 0, world)
 
 
 def test_batches_of_other_seeds_are_others_and_reach_every_image():
-    first, second = batches(100, 10, seed=1), batches(100, 10, seed=2)
+    first, second = batch_indices(100, 10, seed=1), batch_indices(100, 10, seed=2)
     assert not torch.equal(first, second) and not torch.equal(first[0].sort().values, second[0].sort().values)
-    assert {int(i) for seed in range(40) for i in batches(11, 4, seed).flatten()} == set(range(11))
+    assert {int(i) for seed in range(40) for i in batch_indices(11, 4, seed).flatten()} == set(range(11))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
-@pytest.mark.parametrize("H, W, padding", [(5, 7, 2), (8, 8, 1), (3, 3, 4)])
-def test_random_crop_flip_is_every_shift_and_mirror_image(H, W, padding, dtype):
+@pytest.mark.parametrize("H, W", [(5, 7), (8, 8), (3, 3)])
+def test_random_crop_flip_is_every_shift_and_mirror_image(H, W, dtype):
     image = torch.arange(1, 3 * H * W + 1).view(3, H, W).to(dtype)
-    padded = F.pad(image, [padding] * 4)
+    padded = F.pad(image, [4] * 4)
     possible = {}  # every outcome, as bytes: is it mirrored
-    for dy in range(2 * padding + 1):
-        for dx in range(2 * padding + 1):
+    for dy in range(9):
+        for dx in range(9):
             crop = padded[:, dy : dy + H, dx : dx + W].numpy()
             possible.setdefault(crop.tobytes(), False)
             possible.setdefault(crop[:, :, ::-1].tobytes(), True)
     images = image.expand(4000, -1, -1, -1)
-    out = random_crop_flip(images, padding)
+    out = random_crop_flip(images)
     assert out.shape == images.shape and out.dtype == dtype
     assert torch.equal(images, image.expand(4000, -1, -1, -1))
     seen = Counter(x.numpy().tobytes() for x in out)

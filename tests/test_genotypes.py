@@ -1,7 +1,9 @@
 """common.py's genotypes, networks and pictures against published text, numbers and written-out versions."""
 
+import copy
 import json
 import math
+import re
 from collections import Counter
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from torch.func import functional_call
 
 import common
 from common import (
@@ -17,16 +20,17 @@ from common import (
     OPERATION_COLORS,
     PRIMITIVES,
     Cell,
-    DepthwiseConv,
     FactorizedReduce,
     Genotype,
     InputError,
     Network,
     auxiliary_head,
+    check_auxiliary,
     count_flops,
     count_parameters,
     draw_cell,
-    drop_path,
+    fix_batch_norms,
+    learn_batch_norms,
     load_genotype,
     operation,
     parse_genotype,
@@ -137,6 +141,11 @@ NESTED = f"Genotype(normal={by_node(V2.normal)}, normal_concat=range(2, 6), " + 
     f"reduce={by_node(V2.reduce)}, reduce_concat=range(2, 6))"
 )
 JSON = json.dumps(V2._asdict(), indent=1)
+PAIRS = f"Genotype(normal={tuple(by_node(V2.normal))}, normal_concat=(2, 3, 4, 5), " + (
+    f"reduce={tuple(map(tuple, by_node(V2.reduce)))}, reduce_concat=[2, 3, 4, 5], connectN=None, connects=None)"
+)
+DICT = str(V2._asdict()).replace("[2, 3, 4, 5]", "range(2, 6)")
+STATES = re.compile(r"(?<=, )\d(?=\))")  # of the edges
 AS_PEOPLE_HAVE_THEM = {  # all of them mean DARTS_V2
     "the text alone": f"{V2}",
     "lines around it": f"\n\n{V2}\n",
@@ -153,6 +162,23 @@ AS_PEOPLE_HAVE_THEM = {  # all of them mean DARTS_V2
     "our JSON": JSON,
     "JSON in a line": json.dumps(V2._asdict()) + "\n\n",
     "JSON nested by node": json.dumps(V2._replace(normal=by_node(V2.normal))._asdict()),
+    "pairs as tuples": PAIRS.replace("[", "(").replace("]", ")"),
+    "pairs as tuples in a log": f"==>> (best) epoch=003 : {PAIRS}\nsearch [12.5%] (13.1)",
+    "NumPy's numbers": STATES.sub(r"np.int64(\g<0>)", str(V2)),
+    "NumPy's numbers by its full name": STATES.sub(r"numpy.int32(\g<0>)", str(V2)),
+    "NumPy's texts": re.sub(r"'\w+'", r"np.str_(\g<0>)", str(V2)),
+    "NumPy's arrays": str(V2).replace("[2, 3, 4, 5]", "array([2, 3, 4, 5])"),
+    "NumPy's arrays of a kind": PAIRS.replace("[2, 3, 4, 5]", "np.array([np.int64(2), 3, 4, 5], dtype=int64)"),
+    "a dictionary": DICT,
+    "a dictionary in a log": f"10:01 {{}} best = {DICT} (3 seeds)\n10:02 {{'loss': 2.5}}",
+    "a dictionary of more": f"{{'epoch': 3, {DICT[1:-1]}, 'note': None}}",
+    "a dictionary in another": f"{{'epoch': 3, 'genotype': {DICT}}}",
+    "a dictionary of pairs": DICT.replace(str(V2.normal), str(by_node(V2.normal))),
+    "a cut dictionary": f"{DICT}\n{DICT[:200]}",
+    "a genotype and then a dictionary": f"{V2}\n{{'normal': [[0.1, 0.2]], 'reduce': [[0.3, 0.4]]}}",
+    "JSON in a log": f"10:01 {json.dumps(V2._asdict())} (best)",
+    "JSON in JSON": json.dumps({"epoch": 3, "loss": None, "genotype": V2._asdict()}),
+    "JSON of more": json.dumps({"run": {"epoch": 3}, **V2._asdict()}),
     "JSON of a script's text": json.dumps({"epoch": 3, "genotype": str(V2)}),
 }
 
@@ -172,6 +198,7 @@ SEVERAL = {
     "genotypes.py": HEAD + f"DARTS_V1 = {V1}\nDARTS_V2 = {V2}\n\nDARTS = DARTS_V2\n",
     "a log": "".join(f"2018-12-01 1{i}:00:00,123 genotype = {g}\n" for i, g in enumerate((V1, P, V1, V2))),
     "nested and not": f"{V1}\n{NESTED}",
+    "dictionaries": f"{V1._asdict()}\n{DICT}",
 }
 
 
@@ -188,7 +215,8 @@ def test_only_the_last_of_several_must_be_good():
         parse_genotype(f"{V2}\n{V1._replace(normal=[])}")
 
 
-def test_layers_of_the_mobile_space_round_trip(tmp_path):
+def test_layers_of_the_mobile_space_round_trip(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     layers = [*MOBILE_PRIMITIVES, "skip_connect"]
     save_genotype(layers, tmp_path / "layers.json")
     assert json.loads((tmp_path / "layers.json").read_text()) == layers
@@ -223,6 +251,11 @@ def test_code_in_a_genotype_is_not_run(code, tmp_path, monkeypatch):
         good.replace("[2, 3, 4, 5]", code, 1),
         good.replace("[2, 3, 4, 5]", f"[2, {code}]"),
         good.replace("('max_pool_3x3', 0)", f"('max_pool_3x3', {code})", 1),
+        good.replace("[2, 3, 4, 5]", f"array({code})", 1),
+        good.replace("('max_pool_3x3', 0)", f"('max_pool_3x3', np.int64({code}))", 1),
+        DICT.replace("range(2, 6)", code, 1),
+        DICT.replace("'normal'", f"{code}: 0, 'normal'", 1),
+        DICT.replace("'normal'", f"**{code}, 'normal'", 1),
     ]
     for i, text in enumerate(texts):
         if i < 2:
@@ -284,6 +317,13 @@ BAD_GENOTYPES = {
     "JSON infinity": GOOD_JSON.replace('["sep_conv_3x3", 1]', '["sep_conv_3x3", Infinity]', 1),
     "deeply nested JSON": '{"normal": ' + "[" * 100_000,
     "deeply nested text": "Genotype(" + "[" * 100_000,
+    "deeply nested and closed": "Genotype(" + "(" * 100_000 + ")" * 100_001,
+    "many begun": "Genotype(" * 20_000 + "{'normal':" * 20_000,
+    "dictionary cut off": DICT[:-20],
+    "dictionary without reduce_concat": DICT.replace("reduce_concat", "concat"),
+    "dictionary of tensors": "{'normal': tensor([[0.1, 0.2]]), 'reduce': tensor([[0.3]])}",
+    "NumPy's fraction": edge("('sep_conv_3x3', np.float64(0.5))"),
+    "a call without arguments": concat("range()"),
 }
 
 
@@ -296,6 +336,12 @@ def test_bad_genotypes_are_refused(text, tmp_path):
             refuse()
         assert "\n" not in str(e.value)
     assert "cell.txt" in str(e.value)
+
+
+@pytest.mark.parametrize("text", ["", "prose", "{}", "[1, 2]", DICT[:-20], GOOD.replace("reduce_concat", "concat")])
+def test_what_was_looked_for_is_named(text):
+    with pytest.raises(InputError, match="^neither Genotype.* nor a dictionary with normal, normal_concat, reduce"):
+        parse_genotype(text)
 
 
 @pytest.mark.parametrize("name", ["missing", "binary", "", GOOD, "a\0b"], ids=range(5))
@@ -352,10 +398,42 @@ def test_operations_equal_their_definition(name, stride):
     torch.testing.assert_close(op(x), want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", PRIMITIVES[1:])
-def test_searched_operations_have_no_affine(name):
-    assert not any(norm.affine for norm in parts(operation(name, 4, 2, affine=False), nn.BatchNorm2d))
-    assert all(norm.affine for norm in parts(operation(name, 4, 2), nn.BatchNorm2d))
+def test_fixed_batch_norms_are_no_parameters_until_they_learn():
+    """Their state_dict keeps its keys, so that each kind loads the other."""
+    plain = Network(V2, 5, channels=4, layers=3)
+    net = copy.deepcopy(plain)
+    norms = parts(net, nn.BatchNorm2d)
+    x, y = torch.randn(8, 3, 8, 8), torch.arange(8) % 5
+
+    def step():
+        before = [(norm.weight.clone(), norm.bias.clone()) for norm in norms]
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, weight_decay=0.1)
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return [
+            not torch.equal(norm.weight, w) and not torch.equal(norm.bias, b) for norm, (w, b) in zip(norms, before)
+        ]
+
+    torch.testing.assert_close(net(x), plain(x))
+    for _ in range(2):  # twice is once
+        fix_batch_norms(net)
+        names = {name for name, _ in net.named_parameters()}
+        assert names == {name for name, p in plain.named_parameters() if p.ndim > 1} | {"classifier.bias"}
+        assert net.state_dict().keys() == plain.state_dict().keys()
+        assert not any(step())
+    assert all((norm.weight == 1).all() and (norm.bias == 0).all() and norm.affine for norm in norms)
+    assert net.double().state_dict()["stem0.1.weight"].dtype == torch.float64  # moves with the network
+    net.float().load_state_dict(plain.state_dict())
+    copy.deepcopy(net).load_state_dict(net.state_dict())
+
+    kept = norms[0].weight = nn.Parameter(torch.full((12,), 2.0))  # one that learns already
+    for _ in range(2):
+        learn_batch_norms(net)
+        assert norms[0].weight is kept
+        assert {name for name, _ in net.named_parameters()} == {name for name, _ in plain.named_parameters()}
+        assert net.state_dict().keys() == plain.state_dict().keys()
+    assert (norms[1].weight == 1).all() and all(step())
 
 
 @pytest.mark.parametrize("name", ["none", "conv_7x7", "sep_conv_7x7"])
@@ -385,54 +463,11 @@ def test_factorized_reduce_equals_its_definition(size, monkeypatch):
     assert ours.shape == (3, 8, H, W)
 
 
-@pytest.mark.parametrize("size", [(8, 8), (9, 9), (7, 12), (5, 6), (1, 1)], ids=str)
-@pytest.mark.parametrize("stride, dilation", [(1, 1), (1, 2), (2, 1), (2, 2)])
-@pytest.mark.parametrize("k", [3, 5])
-def test_depthwise_convolution_equals_the_plain_one(k, stride, dilation, size):
-    padding = k // 2 * dilation
-    ours = DepthwiseConv(6, 6, k, stride, padding, dilation, groups=6, bias=False).double()
-    x = torch.randn(2, 6, *size, dtype=torch.float64, requires_grad=True)
-    outs = ours(x), F.conv2d(x, ours.weight, None, stride, padding, dilation, 6)
-    torch.testing.assert_close(*outs)
-    upstream = torch.randn_like(outs[1])
-    mine, plain = (torch.autograd.grad(out, (x, ours.weight), upstream) for out in outs)
-    torch.testing.assert_close(mine, plain)
-    ours.weight.requires_grad_(False)  # nothing is computed that nobody asked for
-    torch.testing.assert_close(torch.autograd.grad(ours(x), x, upstream)[0], plain[0])
-
-
-def test_depthwise_convolution_learns_under_autocast_of_the_cpu():
-    conv, x = DepthwiseConv(4, 4, 5, 1, 4, 2, groups=4, bias=False), torch.randn(2, 4, 8, 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = conv(x)
-    out.square().sum().backward()
-    assert out.dtype == torch.bfloat16 and conv.weight.grad.dtype == torch.float32
-
-
-def test_drop_path_drops_whole_samples_and_keeps_the_mean():
-    x = torch.rand(20_000, 2, 3, 1) + 0.5
-    for prob in (0.2, 0.75):
-        out = drop_path(x, prob)
-        kept = (out != 0).flatten(1)
-        assert (kept == kept[:, :1]).all()
-        torch.testing.assert_close(out[kept[:, 0]], x[kept[:, 0]] / (1 - prob))
-        share = kept[:, 0].float().mean().item()
-        assert abs(share - (1 - prob)) < 5 * math.sqrt(prob * (1 - prob) / len(x))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_drop_path_keeps_the_type(dtype):
-    """A mask of float32 would make all that follows float32 under autocast."""
-    x = torch.ones(64, 2, 3, 3, dtype=dtype)
-    out = drop_path(x, 0.5)
-    assert out.dtype == dtype and out.unique().tolist() == [0, 2]
-
-
 def test_a_cell_that_drops_paths_stays_in_bfloat16_under_autocast():
     cell = Cell(MIXED, 4, 4, 4, reduction=False, halved=False)
     x = torch.randn(2, 4, 8, 8, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        assert cell(x, x, 0.5).dtype == cell(x, x).dtype == torch.bfloat16
+        assert cell(x, x, 0.5).dtype == cell(x, x).dtype == torch.bfloat16  # a mask of float32 would spread
 
 
 # -----------------------------------------------------------------------------
@@ -460,8 +495,21 @@ def test_a_cell_is_its_genotype_written_out(halved):
     torch.testing.assert_close(reduction(x0, x1), torch.cat([s5, s2, s3], 1))
 
 
+def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+    cell = Cell(CONVS, 4, 4, 4, reduction=False, halved=False)
+    states = [torch.randn(5_000, 4, 2, 2)]
+    made = outputs_of([cell.ops[0]])
+    assert cell.edge(0, states, 0.0) is made[-1]  # nothing is drawn, nothing computed
+    for prob in (0.2, 0.75):
+        out = cell.edge(0, states, prob)
+        kept = (out != 0).flatten(1).any(1)
+        torch.testing.assert_close(out[kept], made[-1][kept] / (1 - prob))
+        assert abs(kept.float().mean() - (1 - prob)) < 5 * math.sqrt(prob * (1 - prob) / 5_000)
+    assert cell.eval().edge(0, states, 0.5) is made[-1]
+
+
 @pytest.mark.parametrize("reduction", [False, True])
-def test_drop_path_spares_identity_edges_and_hits_all_others(reduction):
+def test_identities_are_never_dropped_and_all_others_are(reduction):
     cell = Cell(MIXED, 4, 4, 4, reduction, halved=False)
     x0, x1 = torch.randn(2, 8, 4, 8, 8)
     assert all(node.any() for node in cell(x0, x1).split(4, 1))
@@ -534,8 +582,58 @@ def test_auxiliary_head_equals_its_definition(stem, size, stride):
     x = torch.randn(2, 6, size, size)
     want = F.avg_pool2d(F.relu(x), 5, stride)
     want = F.relu(norms[0](F.conv2d(want, convs[0].weight)))
-    want = F.relu(norms[1](F.conv2d(want, convs[1].weight))).mean((2, 3))
-    torch.testing.assert_close(head(x), F.linear(want, linear.weight, linear.bias))
+    want = F.conv2d(want, convs[1].weight)
+    if stem == "cifar":  # DARTS' own code left it out for ImageNet
+        want = norms[1](want)
+    assert len(norms) == (2 if stem == "cifar" else 1)
+    torch.testing.assert_close(head(x), F.linear(want.relu().mean((2, 3)), linear.weight, linear.bias))
+
+
+@pytest.mark.parametrize("size", [8, 28, 29, 32, 63, 64, 128, 192, 193, 224])
+def test_images_too_small_for_the_auxiliary_head_are_refused(size):
+    """Exactly those that the network cannot take."""
+    net = Network(CONVS, 2, channels=2, layers=3, auxiliary=True, stem="imagenet" if size >= 64 else "cifar")
+    images = torch.randn(2, 3, size, size)
+    try:
+        net(images)
+        check_auxiliary(size)
+    except RuntimeError:
+        with pytest.raises(InputError, match=f"^{size} pixels are too few .*: give --auxiliary-weight 0$"):
+            check_auxiliary(size)
+
+
+def derivatives(name):
+    """The network of a genotype in float64 and training: its weights, and the loss as a function of them."""
+    net = Network(GENOTYPES[name], 5, channels=4, layers=3, auxiliary=True).double()
+    x, y = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.arange(4)
+    x = x.contiguous(memory_format=torch.channels_last)
+    statistics = {name: buffer.clone() for name, buffer in net.named_buffers()}
+
+    def loss(weights, buffers):
+        logits, auxiliary = functional_call(net, (weights, buffers), x)
+        return F.cross_entropy(logits, y) + 0.4 * F.cross_entropy(auxiliary, y)
+
+    def gradient(weights):
+        return torch.func.grad(loss)(weights, {name: buffer.clone() for name, buffer in statistics.items()})
+
+    return dict(net.named_parameters()), lambda weights: loss(weights, statistics), gradient
+
+
+@pytest.mark.parametrize("name", ["DARTS_V2", "PC_DARTS_cifar"])
+def test_second_derivatives_of_networks(name):
+    """The Hessian times a vector, against central differences of the gradient; torch.func gives the same gradient."""
+    weights, loss, gradient = derivatives(name)
+    first = torch.autograd.grad(loss(weights), weights.values(), create_graph=True)
+    fixed = {key: weight.detach() for key, weight in weights.items()}
+    torch.testing.assert_close(tuple(gradient(fixed).values()), first, rtol=1e-12, atol=1e-12)
+
+    vector = {key: torch.randn_like(weight) for key, weight in fixed.items()}
+    product = torch.autograd.grad(sum((g * v).sum() for g, v in zip(first, vector.values())), weights.values())
+    step = 1e-7  # so small that no ReLU and no maximum changes sides
+    ahead, behind = (gradient({k: w + s * vector[k] for k, w in fixed.items()}) for s in (step, -step))
+    differences = torch.cat([((ahead[k] - behind[k]) / (2 * step)).flatten() for k in fixed])
+    product = torch.cat([part.flatten() for part in product])
+    assert (differences - product).norm() < 1e-5 * product.norm()
 
 
 # -----------------------------------------------------------------------------
@@ -557,8 +655,10 @@ def test_published_parameter_counts(name, count):
 
 
 SIZES = {"cifar": (10, 36, 20), "imagenet": (1000, 48, 14)}
-MILLIONS = {"cifar": {"PDARTS": 3.4, "PC_DARTS_cifar": 3.6},
-            "imagenet": {"DARTS_V2": 4.7, "PDARTS": 4.9, "PC_DARTS_image": 5.3}}
+MILLIONS = {
+    "cifar": {"PDARTS": 3.4, "PC_DARTS_cifar": 3.6},
+    "imagenet": {"DARTS_V2": 4.7, "PDARTS": 4.9, "PC_DARTS_image": 5.3},
+}
 
 
 @pytest.mark.parametrize("stem", SIZES)

@@ -1,11 +1,13 @@
 """common.py's photographs: layouts and image files made here, pixels of Pillow and NumPy, workers, damaged files."""
 
+import functools
 import gc
 import io
 import multiprocessing
 import os
 import struct
 import time
+import warnings
 import zlib
 from pathlib import Path
 
@@ -14,11 +16,11 @@ import pytest
 import torch
 import torchvision
 from PIL import Image, ImageOps
+from test_data import noise, put
 from torchvision.transforms import v2
 
 import common
-from common import InputError, Photos, batches, load_data, load_image, loader, mean_std, stem_for
-from test_data import noise, put
+from common import InputError, Photos, batch_indices, load_data, load_image, loader, mean_std, stem_for
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -304,11 +306,12 @@ def test_views_are_of_the_upright_image(tmp_path):
 
 
 def test_small_folder_images_stand_upright(tmp_path):
-    pixels, exif = noise(8, 6, 3), Image.Exif()
+    pixels, exif = noise(8, 8, 3), Image.Exif()
     exif[0x0112] = 8
     for split in ("train", "test"):
         put(tmp_path / split / "x" / "a.png", pixels)
-        Image.fromarray(np.rot90(pixels, -1).copy()).save(tmp_path / split / "x" / "b.png", exif=exif)
+        (tmp_path / split / "y").mkdir()
+        Image.fromarray(np.rot90(pixels, -1).copy()).save(tmp_path / split / "y" / "b.png", exif=exif)
     first, second = load_data("folder", tmp_path).train_images
     assert torch.equal(first, second) and torch.equal(first, as_tensor(pixels))
 
@@ -341,34 +344,116 @@ def test_kinds_of_images(tmp_path):
 
 
 # -----------------------------------------------------------------------------
+# Sound images with odd EXIF
+# -----------------------------------------------------------------------------
+
+
+def put_png(path, *chunks, size=(16, 16), row=bytes(16 * 3), after=True):
+    """A PNG of equal rows by its specification, with more chunks [(name, content)] after the pixels or before."""
+    head = struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
+    pixels = (b"IDAT", zlib.compress((b"\0" + row) * 16))
+    body = [pixels, *chunks] if after else [*chunks, pixels]
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, part in ((b"IHDR", head), *body, (b"IEND", b"")):
+        content += struct.pack(">I", len(part)) + name + part + struct.pack(">I", zlib.crc32(name + part))
+    path.write_bytes(content)
+
+
+def exif(*tags, more=b"", first=8):
+    """EXIF by its specification: tags (number, type, count, value), what follows them, and where they begin."""
+    entries = [struct.pack(">HHI", *tag) + value.ljust(4, b"\0") for *tag, value in tags]
+    head = struct.pack(">2sHIH", b"MM", 42, first, len(entries))
+    return head + b"".join(entries) + bytes(4) + more
+
+
+TURNED = (0x0112, 3, 1, b"\0\6")  # orientation 6
+BEHIND = struct.pack(">I", 38)  # where `more` stands after two tags
+PNG_EXIF = {  # chunks whose EXIF says nothing
+    "no TIFF header": (b"eXIf", b"garbage!"),
+    "four bytes": (b"eXIf", b"MM\0*"),
+    "no bytes": (b"eXIf", b""),
+    "first tags nowhere": (b"eXIf", exif(TURNED, first=2**32 - 16)),
+    "a text named exif": (b"tEXt", b"exif\0made in spring"),
+    "a text in UTF-8 named exif": (b"iTXt", b"exif\0\0\0\0\0made in spring"),
+    "raw profile without hexadecimal": (b"tEXt", b"Raw profile type exif\0\nexif\n  10\nzzzz\n"),
+    "raw profile cut off": (b"tEXt", b"Raw profile type exif\0\nexif\n   8\n4578\n"),
+    "raw profile empty": (b"tEXt", b"Raw profile type exif\0"),
+    "raw profile compressed garbage": (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"garbage")),
+    "XMP": (b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0tiff:Orientation="x"'),
+}
+JPEG_EXIF = {  # EXIF whose orientation cannot be read
+    "text orientation": exif((0x0112, 2, 2, b"6\0")),
+    "orientation of bytes": exif((0x0112, 7, 1, b"\6")),
+    "orientation 99": exif((0x0112, 3, 1, b"\0\x63")),
+    "orientation 6/0": exif((0x0112, 5, 1, struct.pack(">I", 26)), more=struct.pack(">II", 6, 0)),
+    "no TIFF header": b"garbage!",
+    "cut in its header": exif(TURNED)[:4],
+    "cut in its tag": exif(TURNED)[:14],
+    "nothing": b"",
+    "first tags nowhere": exif(TURNED, first=2**32 - 16),
+}
+JPEG_TURNED = {  # EXIF whose orientation can be read, and whose other tags cannot all
+    "a text that holds a number": exif(TURNED, (0x0131, 12, 1, BEHIND), more=struct.pack(">d", 1.5)),
+    "a whole number in a text": exif(TURNED, (0x013B, 3, 1, b"\0\7")),
+    "a number that is a text": exif(TURNED, (0x011A, 2, 3, b"72\0")),
+    "a width that is a text": exif((0x0100, 2, 3, b"72\0"), TURNED),
+    "a resolution below 0": exif(TURNED, (0x011A, 10, 1, BEHIND), more=struct.pack(">ii", -7, 3)),
+    "a resolution of 0/0": exif(TURNED, (0x011A, 5, 1, BEHIND), more=bytes(8)),
+    "a value nowhere": exif(TURNED, (0x011A, 5, 1, b"\x7f\xff\xff\xff")),
+    "a text without end": exif(TURNED, (0x010F, 2, 2**31 - 1, b"\0\0\0\x08")),
+    "an unknown type": exif(TURNED, (0x010F, 77, 1, b"abc")),
+    "GPS nowhere": exif(TURNED, (0x8825, 4, 1, b"\0\xff\xff\xff")),
+    "GPS as text": exif(TURNED, (0x8825, 2, 2, b"8\0")),
+    "more tags nowhere": exif(TURNED, (0x8769, 4, 1, b"\xff\xff\xff\xff")),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of some
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("chunk", PNG_EXIF.values(), ids=list(PNG_EXIF))
+def test_pngs_whose_exif_cannot_be_read_are_shown_as_stored(chunk, after, tmp_path):
+    row = noise(16, 3)
+    put_png(tmp_path / "a.png", chunk, row=row.tobytes(), after=after)
+    assert np.array_equal(levels(tmp_path / "a.png"), np.broadcast_to(row, (16, 16, 3)))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("content", [*JPEG_EXIF.values(), *JPEG_TURNED.values()], ids=[*JPEG_EXIF, *JPEG_TURNED])
+def test_jpegs_with_odd_exif_are_upright_where_that_is_known(content, tmp_path):
+    pixels = Image.fromarray(noise(8, 12, 3))
+    pixels.save(tmp_path / "plain.jpg")
+    pixels.save(tmp_path / "odd.jpg", exif=b"Exif\0\0" + content)
+    want = levels(tmp_path / "plain.jpg")
+    if content in JPEG_TURNED.values():
+        want = np.rot90(want, -1)
+    assert np.array_equal(levels(tmp_path / "odd.jpg"), want)
+
+
+def test_a_webp_with_odd_exif_is_shown_as_stored(tmp_path):
+    pixels = noise(8, 12, 3)
+    Image.fromarray(pixels).save(tmp_path / "a.webp", lossless=True, exif=b"garbage!")
+    assert np.array_equal(levels(tmp_path / "a.webp"), pixels)
+
+
+# -----------------------------------------------------------------------------
 # Damaged files
 # -----------------------------------------------------------------------------
 
 
-def put_png(path, *chunks, size=(16, 16), data=b"\0" + bytes(16 * 3)):
-    """A PNG of black pixels by its specification, with more chunks [(name, content)] after the pixels."""
-    pixels = zlib.compress(data * 16)
-    head = struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
-    content = b"\x89PNG\r\n\x1a\n"
-    for name, body in ((b"IHDR", head), (b"IDAT", pixels), *chunks, (b"IEND", b"")):
-        content += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-    path.write_bytes(content)
-
-
-def cut_jpeg(path):
+def cut_jpeg(path, **options):
     jpeg = io.BytesIO()
-    Image.fromarray(noise(80, 80, 3)).save(jpeg, "JPEG")
+    Image.fromarray(noise(80, 80, 3)).save(jpeg, "JPEG", **options)
     path.write_bytes(jpeg.getvalue()[:2000])
 
 
 def cut_png(path):
-    put_png(path, data=b"\0" + noise(48).tobytes())
+    put_png(path, row=noise(48).tobytes())
     path.write_bytes(path.read_bytes()[:100])
 
 
 DAMAGE = {
     "profile.png": lambda path: put_png(path, (b"iCCP", b"")),  # IndexError in Pillow
-    "exif.png": lambda path: put_png(path, (b"eXIf", b"MM\0*")),  # struct.error
+    "exif.jpg": lambda path: cut_jpeg(path, exif=b"Exif\0\0garbage"),  # odd EXIF hides no damage
     "bomb.png": lambda path: put_png(path, size=(60_000, 60_000)),  # DecompressionBombError
     "cut.png": cut_png,
     "cut.jpg": cut_jpeg,
@@ -407,7 +492,8 @@ def test_damaged_images(name, tmp_path):
     said = {refused(lambda: load_image(bad), bad)}
     for workers, train in ((0, True), (0, False), (1, True)):
         photos = Photos([str(tmp_path / "good.png"), str(bad)], 64, workers)
-        said.add(refused(lambda: views(photos, [torch.tensor([0]), torch.tensor([1])], train), bad))
+        read = functools.partial(views, photos, [torch.tensor([0]), torch.tensor([1])], train)
+        said.add(refused(read, bad))
     assert len(said) == 1
 
 
@@ -424,7 +510,7 @@ def test_whatever_pillow_raises_is_one_line(kind, tmp_path, monkeypatch):
 
     path = tmp_path / "a.png"
     put_number(path, 1)
-    for function in ("open", "Image.convert"):
+    for function in ("open", "Image.load", "Image.convert"):
         with monkeypatch.context() as patch:
             patch.setattr(f"PIL.Image.{function}", broken)
             here = refused(lambda: load_image(path), path)
@@ -509,15 +595,21 @@ def test_training_mirrors_half_and_moves(tmp_path):
     assert all(abs(c[:, 32, 32].mean() - 127.5) < 6 and c[:, 32, 32].std() > 20 for c in (red, green))
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
-def test_views_depend_on_seed_epoch_and_image_alone(pictures):
-    """Not on the number of workers, on the batches, on their order, or on what else draws random numbers."""
-    order, labels = torch.arange(len(pictures)).roll(3).split(4), torch.arange(len(pictures))
+@pytest.fixture
+def cores(monkeypatch):
+    """This process may use four."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # there may be fewer cores
+def test_views_depend_on_seed_epoch_and_position_alone(pictures, cores):
+    """Not on the number of workers, on the batches' size, or on what else draws random numbers."""
+    order, labels = torch.arange(8).roll(3), torch.arange(len(pictures))
     found = []
     for workers in (0, 1, 3):
         photos = Photos(pictures, 64, workers)
         torch.manual_seed(3)
-        epochs = [views(photos, order, True) for _ in range(2)]
+        epochs = [views(photos, order.split(4), True) for _ in range(2)]
         found.append((*epochs, torch.rand(5)))
     for part in zip(*found):
         assert all(torch.equal(x, part[0]) for x in part)
@@ -525,15 +617,25 @@ def test_views_depend_on_seed_epoch_and_image_alone(pictures):
     assert not any(torch.equal(a, b) for a, b in zip(first, second))
 
     torch.manual_seed(4)
-    assert not torch.equal(views(photos, order, True), first)
+    assert not torch.equal(views(photos, order.split(4), True), first)
 
-    by_image, shuffled = torch.empty_like(first), torch.randperm(len(pictures)).split(2)
-    by_image[torch.cat(order)] = first
     photos.workers = 0
     torch.manual_seed(3)
-    for x, y in loader(photos, labels, shuffled, True):
-        assert torch.equal(x, by_image[y])
+    for i, (x, y) in enumerate(loader(photos, labels, order.view(4, 2), True)):
+        assert torch.equal(x, first[2 * i : 2 * i + 2]) and torch.equal(y, order[2 * i : 2 * i + 2])
         torch.rand(7)
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_an_image_that_is_drawn_twice_has_two_views(as_tuple, pictures, cores):
+    order = torch.tensor([[0, 0], [1, 0]])
+    found = []
+    for workers in (0, 2):
+        torch.manual_seed(5)
+        found.append(views(Photos(pictures, 64, workers), tuple(order) if as_tuple else order, True))
+    assert torch.equal(*found) and len({x.numpy().tobytes() for x in found[0]}) == 4
+    shown_again = views(Photos(pictures, 64, 0), order)  # evaluation shows one
+    assert torch.equal(shown_again[0], shown_again[1]) and torch.equal(shown_again[0], shown_again[3])
 
 
 def test_reading_leaves_the_generators_as_they_are(pictures, monkeypatch):
@@ -553,7 +655,7 @@ def test_reading_leaves_the_generators_as_they_are(pictures, monkeypatch):
     state = torch.get_rng_state()  # one seed for the epoch, when it starts
     assert len(list(batch)) == 3 and torch.equal(torch.get_rng_state(), state)
     with pytest.raises(InputError):
-        Photos(["nowhere.png"], 64, workers=0)[0, 5]
+        Photos([f"{pictures[0]}.gone"], 64, workers=0)[0, 5]
     assert torch.equal(torch.get_rng_state(), state) and not called
 
 
@@ -562,9 +664,10 @@ def test_reading_leaves_the_generators_as_they_are(pictures, monkeypatch):
 # -----------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_workers(workers, monkeypatch):
-    """Without workers no process is started; with them a DataLoader waits no longer than 300 s."""
+def test_workers(workers, cores, monkeypatch):
+    """Without workers no process is started; with them a DataLoader waits for an hour."""
     given, here = [], os.getpid()
 
     def spy(*args, **kwargs):
@@ -576,32 +679,104 @@ def test_workers(workers, monkeypatch):
 
     monkeypatch.setattr(common, "DataLoader", spy)
     monkeypatch.setattr(common, "load_image", read)
-    gc.collect()  # what other tests have left
-    before = multiprocessing.active_children()
+    others = set(multiprocessing.active_children())
     batch = loader(Photos(["a"] * 8, 64, workers), torch.arange(8), torch.arange(8).split(2), True)
     x, _ = next(batch)
-    assert len(multiprocessing.active_children()) == len(before) + workers
-    assert x.unique().tolist() == [0 if workers else 255]
-    assert given[0]["num_workers"] == workers and given[0]["timeout"] == (300 if workers else 0)
+    started = set(multiprocessing.active_children()) - others
+    assert len(started) == workers and x.unique().tolist() == [0 if workers else 255]
+    assert given[0]["num_workers"] == workers and given[0]["timeout"] == (3600 if workers else 0)
     batch.close()  # an epoch that is not read to its end
-    assert multiprocessing.active_children() == before
+    assert not any(process.is_alive() for process in started)
 
 
-@pytest.mark.parametrize("train", [False, True])
-def test_a_worker_that_hangs_ends_in_an_error(train, pictures, monkeypatch):
-    monkeypatch.setattr(common, "WORKER_TIMEOUT", 2)
-    monkeypatch.setattr(common, "load_image", lambda path: time.sleep(60))
-    started = time.monotonic()
-    with pytest.raises(Exception, match="timed out after 2"):
-        views(Photos(pictures, 64, 1), torch.arange(8).split(2), train)
-    assert time.monotonic() - started < 30
+@pytest.mark.parametrize("affinity", [True, False])
+def test_no_more_workers_than_cores(affinity, pictures, monkeypatch):
+    if affinity:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5}, raising=False)
+    else:
+        monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+        monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    others = set(multiprocessing.active_children())
+    batch = loader(Photos(pictures, 64, 16), torch.arange(8), torch.arange(8).split(2), True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        next(batch)
+    assert len(set(multiprocessing.active_children()) - others) == 1
+    batch.close()
 
 
-def test_a_worker_that_dies_ends_in_an_error(pictures, monkeypatch):
+def broken(says, photos):
+    """Reading fails with one line, which names likely causes and what to do."""
+    with pytest.raises(InputError) as e:
+        views(photos, torch.arange(8).split(2), True)
+    message = str(e.value)
+    assert message.splitlines() == [message] and "Traceback" not in message
+    assert all(part in message for part in (says, "/dev/shm", "memory", "TMPDIR", "suspended", "--workers 0"))
+    del e
+    gc.collect()  # the last DataLoader's end would swallow the next one's error
+
+
+def in_a_worker(monkeypatch, happens):
     here = os.getpid()
-    monkeypatch.setattr(common, "load_image", lambda path: os._exit(1) if os.getpid() != here else None)
-    with pytest.raises(Exception, match="exited unexpectedly"):
-        views(Photos(pictures, 64, 1), torch.arange(8).split(2), True)
+    monkeypatch.setattr(common, "load_image", lambda path: happens() if os.getpid() != here else Image.open(path))
+    monkeypatch.setattr(common, "WORKER_TIMEOUT", 30)  # should a signal be lost
+
+
+def test_a_worker_that_hangs(pictures, monkeypatch):
+    in_a_worker(monkeypatch, lambda: time.sleep(60))
+    monkeypatch.setattr(common, "WORKER_TIMEOUT", 2)
+    broken("timed out after 2", Photos(pictures, 64, 1))
+
+
+def test_a_worker_that_dies(pictures, monkeypatch):
+    in_a_worker(monkeypatch, lambda: os._exit(1))
+    broken("exited unexpectedly", Photos(pictures, 64, 1))
+
+
+@pytest.mark.parametrize("kind, text", [(RuntimeError, "unable to write to file </torch_1_2>: No space left on device"),
+                                        (OSError, "AF_UNIX path too long")])  # fmt: skip
+def test_a_worker_that_fails(kind, text, pictures, monkeypatch):
+    def fail():
+        raise kind(text)
+
+    in_a_worker(monkeypatch, fail)
+    broken(text, Photos(pictures, 64, 1))
+
+
+def test_workers_that_cannot_be_started(pictures, monkeypatch):
+    def fail(*args):
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", fail)
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", fail)
+    broken("Resource temporarily unavailable", Photos(pictures, 64, 1))
+
+
+def test_workers_need_no_shared_memory_and_no_sockets(pictures, monkeypatch, tmp_path):
+    """Neither a full /dev/shm nor a TMPDIR with a path too long for a socket keeps a batch from arriving."""
+    order = torch.arange(8).split(4)
+    want = views(Photos(pictures, 64, 0), order)
+    deep = tmp_path / ("x" * 120)
+    deep.mkdir()
+    monkeypatch.setattr(multiprocessing.util, "get_temp_dir", lambda: str(deep))
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", None)  # what takes place in /dev/shm
+    assert torch.equal(views(Photos(pictures, 64, 1), order), want)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_of_the_training_code_pass(workers, pictures):
+    with pytest.raises(RuntimeError, match="^mine$"):
+        for _ in loader(Photos(pictures, 64, workers), torch.arange(8), torch.arange(8).split(2), True):
+            raise RuntimeError("mine")
+
+
+def test_without_workers_errors_that_are_no_images_keep_their_traceback(pictures, monkeypatch):
+    def fail(path):
+        raise RuntimeError("mine")
+
+    monkeypatch.setattr(common, "load_image", fail)
+    with pytest.raises(RuntimeError, match="^mine$"):
+        views(Photos(pictures, 64, 0), torch.arange(8).split(2), True)
 
 
 # -----------------------------------------------------------------------------
@@ -621,7 +796,7 @@ def test_photographs_on_a_device(tmp_path):
 def test_batches_of_photographs(tmp_path):
     for k in range(20):
         put_number(tmp_path / f"{k:02}.png", k)
-    photos, order = Photos(sorted(map(str, tmp_path.iterdir())), 64, workers=1), batches(20, 6, seed=1)
+    photos, order = Photos(sorted(map(str, tmp_path.iterdir())), 64, workers=1), batch_indices(20, 6, seed=1)
     labels = torch.arange(100, 120)
     for train in (False, True):
         for (x, y), batch in zip(loader(photos, labels, order, train), order, strict=True):

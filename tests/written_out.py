@@ -110,7 +110,7 @@ def pairs(net, fast):
     for mine, theirs in zip(net.cells, fast.cells, strict=True):
         same += [(mine.preprocess0, theirs.preprocess0), (mine.preprocess1, theirs.preprocess1)]
         for ops, edge in zip(mine.edges, theirs.edges, strict=True):
-            same += zip(ops[1:], edge.ops, strict=True)  # ops: of PRIMITIVES, edge.ops: of PRIMITIVES[1:]
+            same += zip(ops[1:], edge.ops.values(), strict=True)  # ops: of PRIMITIVES, edge.ops: of PRIMITIVES[1:]
     found = [(net.alphas_normal, fast.alphas_normal), (net.alphas_reduce, fast.alphas_reduce)]
     for a, b in same:
         found += zip(a.parameters(), b.parameters(), strict=True)
