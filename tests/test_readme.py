@@ -5,6 +5,7 @@ import functools
 import importlib
 import importlib.util
 import json
+import math
 import re
 import shlex
 from pathlib import Path
@@ -243,7 +244,8 @@ def test_table_arithmetic(tmp_path, monkeypatch):
 def test_draws_are_shares_of_all_draws(tmp_path):
     assert table.draws(tmp_path / "none.json") is None
     pairs = {"operations": ["a", "b"], "probability": [[0.5, 0.1], [0.2, 0.2]]}
-    stages = {"operations": ["a", "b"], "selection": [[[0.75, 0.25]]], "p": [[[0.4, 1.0]]]}
+    odds = [[[math.log(3), 0.0]]]  # 3 to 1
+    stages = {"operations": ["a", "b"], "z": odds, "eta": 1.0, "p": [[[0.4, 1.0]]]}
     for policy, shares in ((pairs, {"a": 0.65, "b": 0.35}), (stages, {"a": 0.3, "b": 0.25})):
         (tmp_path / "policy.json").write_text(json.dumps(policy))
         assert table.draws(tmp_path / "policy.json") == pytest.approx(shares)
@@ -258,7 +260,7 @@ def test_random_genotypes_and_policies_are_valid_and_their_seeds(tmp_path):
         joint_darts_faa.load_policy(tmp_path / f"policy-{seed}.json")
         genotype = common.load_genotype(tmp_path / f"genotype-{seed}.json")
         common.Network(genotype, 10, 4, 3)
-        dha.SparseSupernet(4, 10, 3).prune(genotype)
+        dha.SparseSupernet(4, 10, 3, support=dha.to_support(genotype))
     first, again, other = texts
     assert first == again and first[0] != other[0] and first[1] != other[1]
 

@@ -34,13 +34,13 @@ def one_side(mine):
     torch.manual_seed(0)
     batch = common.shapes(mine.batch_size, 0)
     data = common.Data(*batch, *batch, list(common.SHAPE_CLASSES)).to(device)
-    s = dha.DHA(args, data, device)
+    s = dha.Learned(args, data, device)
     x = data.train_images / 255
     steps = {
         "all": lambda: dha.train_step(s, data.train_images, data.train_labels, args),
         "nas": lambda: dha.train_step(s, data.train_images, data.train_labels, args),
         "policy": lambda: dha.apply_pairs(x, dha.sample_pairs(s.tau, len(x))),
-        "ista": lambda: s.net.adopt(s.net.decode()),
+        "ista": lambda: s.net.set_alpha(s.net.decode()),
     }
     seconds = timing.time_step(steps[mine.side], device, mine.steps)
     print(seconds, timing.peak_memory(device) - idle)

@@ -55,11 +55,12 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 given = ["--method", "faa-darts", "--preset", "quick", "--seed", str(seed), "--out", f"{folder}/run"]
                 args = baseline.parse_args([*given, "--critic-weight", weight, *flags])
+                Path(args.out).mkdir()
                 torch.manual_seed(seed)
                 start = StrongStart(args.sub_policies, args.stages)
                 cpu = torch.device("cpu")
                 with contextlib.redirect_stdout(io.StringIO()):
-                    end = baseline.search_policy(args, data, cpu, baseline.RunDirectory(args, cpu))
+                    end = baseline.search_policy(args, data, cpu, [], None)
             print(f"seed {seed}, critic weight {weight}: met {met(start):.3f} -> {met(end):.3f}", flush=True)
 
 

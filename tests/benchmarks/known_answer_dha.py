@@ -72,7 +72,7 @@ def planted(seed: int, epochs: int, steps: int, given: bool, flags: list[str]) -
     noise = torch.randint(256, (32 * steps, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(10, (32 * steps,))
     data = common.Data(noise, labels, noise, labels, [str(k) for k in range(10)])
-    s = dha.DHA(args, data, torch.device("cpu"))
+    s = dha.Learned(args, data, torch.device("cpu"))
     name = f"{PLANTED[0]}_{PLANTED[1]}"
     shows = []
     for cell in s.net.cells:
@@ -84,14 +84,14 @@ def planted(seed: int, epochs: int, steps: int, given: bool, flags: list[str]) -
         column = len(dha.OPS) * PLANTED[1] + dha.OPS.index(PLANTED[0])
         s.net.b[NODE].data.copy_(args.b_scale * s.net.A[NODE][:, column])
     s.net.train()
-    s.net.adopt(s.net.decode())
+    s.net.set_alpha(s.net.decode())
     found = [PLANTED in s.net.support[NODE]]
     for _ in range(epochs):
         for images, y in zip(noise.split(32), labels.split(32)):
             for op in shows:
                 op.labels = y
             dha.train_step(s, images, y, args)
-        s.net.adopt(s.net.decode())
+        s.net.set_alpha(s.net.decode())
         found.append(PLANTED in s.net.support[NODE])
     return found
 

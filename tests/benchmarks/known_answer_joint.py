@@ -58,11 +58,12 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 given = ["--preset", "quick", *longer, "--seed", str(seed), "--out", f"{folder}/run", *flags]
                 args = joint.parse_args(given)
+                Path(args.out).mkdir()
                 torch.manual_seed(seed)
                 first = joint.Policy(args.sub_policies, args.stages).selection().mean((0, 1))
                 cpu = torch.device("cpu")
                 with contextlib.redirect_stdout(io.StringIO()):
-                    s = joint.search(args, data, cpu, None, joint.RunDirectory(args, cpu))
+                    s = joint.search(args, data, cpu, None, [], None)
             last = s.policy.selection().mean((0, 1))
             parts = ", ".join(f"{w} {first[r]:.3f} -> {last[r]:.3f}" for w, r in zip(WANTED, rows))
             print(f"seed {seed}, {name}: {first[rows].sum():.3f} -> {last[rows].sum():.3f}  ({parts})", flush=True)

@@ -79,7 +79,7 @@ def dha(y: float) -> str:
         ],
     )
     drawn += gradient(y + 56, loss - 20, [net], ORANGE, "of the mean", 605, 30)
-    drawn += gradient(y + 56, loss + 20, [policy], BLUE, "Eq. 2: −Σ pₖ(τ) Lₖ", 515, 68)
+    drawn += gradient(y + 56, loss + 20, [policy], BLUE, "Eq. 2: pairs with large losses gain", 515, 68)
     way = arrow((loss + 40, y + 56), (loss + 40, y + 98), (step, y + 98), (step, y + 59), colour=GREEN, dashed=True)
     return drawn + way + text((loss + step) / 2 + 40, y + 116, "Eq. 3: ∇L(θ⁺) of the next batch", 13, GREEN)
 

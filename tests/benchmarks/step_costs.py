@@ -36,7 +36,7 @@ def steps_of(name, device, amp):
         x = torch.randint(256, (128, 3, 224, 224), dtype=torch.uint8)
         y = torch.randint(1000, (128,))
         data = common.Data(x, y, x[:2], y[:2], [str(k) for k in range(1000)]).to(device)
-        s = dha.DHA(args, data, device)
+        s = dha.Learned(args, data, device)
         steps = (args.search_epochs + args.train_epochs) * 10_009
         return lambda: dha.train_step(s, data.train_images, data.train_labels, args), steps
 
@@ -51,12 +51,12 @@ def steps_of(name, device, amp):
     if name == "dha":
         args = dha.parse_args(timing.NOT_MADE)
         args.amp = amp
-        s = dha.DHA(args, data, device)
+        s = dha.Learned(args, data, device)
         return lambda: dha.train_step(s, x[:96], y[:96], args), 720 * 520
 
     if name == "faa":
         args = baseline.parse_args(["--method", "faa-darts", *timing.NOT_MADE])
-        s = baseline.PolicySearch(args, data, device)
+        s = baseline.PolicySearch(args, len(data.classes), device)
         real, other = (x / 255).chunk(2)
 
         def step():
