@@ -9,20 +9,21 @@
     python baseline_sequential.py --resume --out runs/baseline_sequential-cifar10-seed0
     python baseline_sequential.py --compare runs/*                               # a table of runs of any script
 
-Only Faster AutoAugment stands here. All other parts are ordinary runs of joint_darts_faa.py and dha.py, in folders of
+This file holds Faster AutoAugment alone. All else are ordinary runs of joint_darts_faa.py and dha.py, in folders of
 --out, so that both sides of a comparison share their code:
 
-    faa-darts   1. Faster AutoAugment: policy.json             2. joint_darts_faa.py --policy policy.json: DARTS, then
-                                                                  training with that policy
-    darts       1. joint_darts_faa.py --policy none
-    dha         1. dha.py --no-da --no-hpo --train-epochs 0: genotype.json      2. dha.py --genotype genotype.json
+    faa-darts   Faster AutoAugment finds policy.json. Then joint_darts_faa.py --policy policy.json: DARTS, without a
+                policy, finds cells, and their network is trained from scratch with that policy
+    darts       joint_darts_faa.py --policy none
+    dha         dha.py --no-da --no-hpo --train-epochs 0 finds genotype.json, the architecture alone. Then dha.py
+                --genotype genotype.json trains it from scratch, and learns policy, lr and wd meanwhile
 
 faa-darts and darts are "Baseline" and "DARTS" of Kashima et al. (https://arxiv.org/abs/2012.09407), dha is the
 "Sequential DHA" of Zhou et al. (https://arxiv.org/abs/2109.05765). Flags that --help does not list go to these runs.
 
 Faster AutoAugment is Hataya et al., ECCV 2020, https://arxiv.org/abs/1911.06987. A WideResNet-40-2 with two heads, a
 critic and a classifier, judges the policy, which is that of joint_darts_faa.py: z, p, mu and Eqs. (1) to (3) of
-Kashima et al. One iteration, on the two halves of a batch:
+Kashima et al. One iteration, on the two halves of a batch, all images cropped and flipped:
 
     1. augment the second half: each stage of the policy is the weighted sum of 16 operations    Eqs. (1) to (3)
     2. move the network: its critic to score real images (the first half) high and augmented
@@ -51,6 +52,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"  # the environment may name a backend that is not installed
+
 import common
 import dha
 import joint_darts_faa
@@ -65,7 +69,7 @@ from joint_darts_faa import AUGMENTATIONS, PLACES, QUIET, RANK, WORLD, Policy, a
 class WideBlock(nn.Module):
     """Pre-activation residual block: batch norm, ReLU and a 3x3 convolution, twice, and the shortcut.
 
-    The shortcut is the identity, or a 1x1 convolution where sizes change [C].
+    The shortcut is the identity, or a 1x1 convolution where the number of channels changes.
     """
 
     def __init__(self, c_in: int, c_out: int, stride: int):
@@ -76,17 +80,17 @@ class WideBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
         self.shortcut = None
-        if c_in != c_out or stride > 1:
+        if c_in != c_out:
             self.shortcut = nn.Conv2d(c_in, c_out, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        relu = F.relu(self.bn1(x))
-        h = self.conv1(relu)
+        activated = F.relu(self.bn1(x))
+        h = self.conv1(activated)
         h = self.conv2(F.relu(self.bn2(h)))
         if self.shortcut is None:
             return h + x
-        # The stride by slicing: 1x1 convolutions of stride 2 have corrupted memory on some CPUs
-        return h + self.shortcut(relu[:, :, :: self.stride, :: self.stride])
+        # The stride by slicing, for the reason that common.FactorizedReduce gives
+        return h + self.shortcut(activated[:, :, :: self.stride, :: self.stride])
 
 
 class WideResNet(nn.Module):
@@ -211,12 +215,29 @@ def policy_step(s: PolicySearch, images: Tensor, labels: Tensor, args: argparse.
     return torch.stack([critic_loss, class_loss, accuracy]).detach()
 
 
+MEASURED = (  # what the two steps return
+    "distance",
+    "penalty",
+    "class_loss",
+    "accuracy",
+    "policy_critic_loss",
+    "policy_class_loss",
+    "policy_accuracy",
+)
+
+
+def faa_batch_size(args: argparse.Namespace, count: int) -> int:
+    """At most --faa-batch-size of `count` images, rounded down so that every process gets two equal halves."""
+    halves = 2 * WORLD
+    return min(args.faa_batch_size, args.faa_images, count) // halves * halves
+
+
 def search_policy(
     args: argparse.Namespace, data: common.Data, device: torch.device, history: list[dict], saved: dict | None
 ) -> Policy:
     """Faster AutoAugment for --faa-epochs epochs, or the rest of them, on --faa-images training images.
 
-    history: a record per epoch, of those that are done. saved: the state of the search after them.
+    history: a record per finished epoch. saved: the state of the search after them.
     """
     torch.manual_seed(args.seed)
     s = PolicySearch(args, len(data.classes), device)
@@ -225,18 +246,17 @@ def search_policy(
 
     shuffled = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(args.seed)).to(device)
     chosen = shuffled[: args.faa_images]
-    halves = 2 * WORLD  # each process augments half of its share of a batch
-    batch_size = min(args.faa_batch_size, len(chosen)) // halves * halves or halves
+    batch_size = faa_batch_size(args, len(chosen))
     for epoch in range(len(history), args.faa_epochs):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         s.net.train()
 
-        # One seed per epoch: a resumed run goes on as if it had never stopped
+        # One seed per epoch, as in the other scripts
         seed = 100_003 * args.seed + epoch
         torch.manual_seed(1_009 * seed + RANK)
         order = chosen[common.batch_indices(len(chosen), batch_size, seed, RANK, WORLD).to(device)]
         batches = common.loader(data.train_images, data.train_labels, order, train=True)
-        totals = torch.zeros(7, device=device)
+        totals = torch.zeros(len(MEASURED), device=device)
         for images, labels in tqdm(batches, f"policy {epoch + 1}", len(order), leave=False, disable=QUIET):
             real, source = (images / 255).chunk(2)
             real_labels, source_labels = labels.chunk(2)
@@ -248,15 +268,9 @@ def search_policy(
         record = {
             "epoch": epoch + 1,
             "phase": "policy",
-            "distance": means[0],
-            "penalty": means[1],
-            "class_loss": means[2],
-            "accuracy": means[3],
-            "policy_critic_loss": means[4],
-            "policy_class_loss": means[5],
-            "policy_accuracy": means[6],
+            **dict(zip(MEASURED, means)),
             "selection": dict(zip(AUGMENTATIONS, s.policy.selection().mean((0, 1)).tolist())),
-            "seconds": time.perf_counter() - begun,
+            "seconds": time.perf_counter() - started,
             "gpus": WORLD if device.type == "cuda" else 0,
         }
         print(
@@ -273,6 +287,35 @@ def search_policy(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def parts(args: argparse.Namespace, rest: list[str]) -> dict[str, argparse.Namespace]:
+    """The flags of the runs of the methods, {folder in --out: flags}. The methods themselves refuse wrong ones.
+
+    args.rest: the flags for them that the run was started with. rest: those of this command, which may only agree.
+    """
+    out = Path(args.out)
+    flags = ["--preset", args.preset, "--dataset", args.dataset, "--seed", str(args.seed), *args.rest]
+    if rest != args.rest:
+        flags += rest
+    if args.resume:
+        flags.append("--resume")
+
+    def parse(method, folder: str, own: list[str], handed: list[str]) -> argparse.Namespace:
+        if args.resume and (out / folder / "config.json").exists():
+            handed = []  # it knows; and --out may have been moved since
+        return method.parse_args([*flags, *own, *handed, "--out", str(out / folder)])
+
+    if args.method == "dha":
+        genotype = str(out / "search" / "genotype.json")
+        search = parse(dha, "search", ["--no-da", "--no-hpo", "--train-epochs", "0"], [])
+        train = parse(dha, "train", [], ["--genotype", genotype])
+        train.genotype = genotype
+        return {"search": search, "train": train}
+    policy = "none" if args.method == "darts" else str(out / "policy.json")
+    darts = parse(joint_darts_faa, "darts", [], ["--policy", policy])
+    darts.policy = policy
+    return {"darts": darts}
+
+
 def run_baseline(args: argparse.Namespace, device: torch.device) -> None:
     """All parts, one after the other. A part that is finished returns at once; one that was stopped goes on."""
     out = Path(args.out)
@@ -285,6 +328,9 @@ def run_baseline(args: argparse.Namespace, device: torch.device) -> None:
         dha.prepare_dha(args.parts["search"], device)
     else:
         data, _ = joint_darts_faa.prepare_joint(args.parts["darts"], device)
+    if args.method == "faa-darts":
+        count = len(data.train_images)
+        common.batch_indices(count, faa_batch_size(args, count), 0, RANK, WORLD)
 
     with joint_darts_faa.locked(out):
         history, checkpoint = keep_flags(args, device)
@@ -295,6 +341,7 @@ def run_baseline(args: argparse.Namespace, device: torch.device) -> None:
                 draw_search(out, history)
                 joint_darts_faa.save(out / "policy.json", policy.as_dict())
 
+        # A run begins with a barrier: by then process 0 has written what the one before it found
         for folder, part in args.parts.items():
             print(f"\n{folder}: {part.out}")
             if args.method == "dha":
@@ -306,13 +353,15 @@ def run_baseline(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def keep_flags(args: argparse.Namespace, device: torch.device) -> tuple[list[dict], dict]:
-    """Make the run directories, each with its flags; that of the whole is the last. Returns what open_run does."""
+    """Make the run directories, each with its flags. Returns what open_run does for that of the whole."""
+    own = {name: value for name, value in vars(args).items() if name != "parts"}
+    opened = joint_darts_faa.open_run(argparse.Namespace(**own), device, __file__)
     method = dha if args.method == "dha" else joint_darts_faa
     for part in args.parts.values():
-        Path(part.out).mkdir(exist_ok=True)
+        if RANK == 0:
+            Path(part.out).mkdir(exist_ok=True)
         method.open_run(part, device, method.__file__)
-    own = {name: value for name, value in vars(args).items() if name != "parts"}
-    return joint_darts_faa.open_run(argparse.Namespace(**own), device, __file__)
+    return opened
 
 
 def save_baseline(args: argparse.Namespace, history: list[dict]) -> None:
@@ -366,14 +415,22 @@ def compare(folders: list[str]) -> str:
             result = json.loads((folder / "result.json").read_text())
             settings = json.loads((folder / "config.json").read_text())["args"]
             numbers = [float(result[name]) for name in ("test_accuracy", "params", "search_seconds", "gpu_hours")]
-            if result["dataset"] != "folder":
-                settings.pop("data_dir", None)  # its place does not matter
-            if "rest" not in settings:  # flags show the preset, but not that of a baseline's parts
-                settings.pop("preset", None)
-            shown = [(name, str(value)) for name, value in settings.items() if name not in (*PLACES, "seed", "compare")]
+
+            # A baseline's settings are also those of its last part, but for what it was handed
+            for part, handed in {"darts": "policy", "train": "genotype"}.items():
+                file = folder / part / "config.json"
+                if file.exists():
+                    settings.update(json.loads(file.read_text())["args"])
+                    del settings[handed]
+
+            # Places and the seed are no settings, and the preset and `rest` only set other flags
+            hidden = {*PLACES, "seed", "compare", "preset", "rest"}
+            if result["dataset"] == "folder":
+                hidden.remove("data_dir")
+            shown = [(name, str(value)) for name, value in settings.items() if name not in hidden]
             rows.setdefault((result["dataset"], result["method"], tuple(sorted(shown))), []).append(numbers)
         except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-            print(f"note: {folder} is left out, no finished training is there ({type(error).__name__}: {error})")
+            print(f"note: {folder} is left out, it is no finished run with a network ({type(error).__name__}: {error})")
     if not rows:
         raise InputError("there is no finished run with a test accuracy")
 
@@ -382,8 +439,8 @@ def compare(folders: list[str]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (dataset, method, settings), results in sorted(rows.items()):
-        others = [set(key[2]) for key in rows if key[:2] == (dataset, method)]
-        differing = [f"{name} {value}" for name, value in settings if (name, value) not in set.intersection(*others)]
+        shared = set.intersection(*[set(key[2]) for key in rows if key[:2] == (dataset, method)])
+        differing = [f"{name} {value}" for name, value in settings if (name, value) not in shared]
         accuracies, params, search, hours = zip(*results)
         score = f"{mean(accuracies):.2f}"
         if len(accuracies) > 1:
@@ -400,7 +457,7 @@ def compare(folders: list[str]) -> str:
 PRESETS = {
     "paper": {},  # the defaults of the flags
     "quick": dict(dataset="shapes", faa_epochs=6, faa_batch_size=64, depth=10, width=1, policy_lr=1e-2),
-    "imagenet": dict(dataset="imagenet"),  # dha.py's
+    "imagenet": dict(dataset="imagenet"),  # for --method dha
 }
 
 
@@ -429,7 +486,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--faa-lr", type=at_least(0.0), default=1e-3, help="Adam's learning rate for critic and classifier [A]")
     add("--policy-lr", type=at_least(0.0), default=1e-3, help="Adam's learning rate for z, p and mu [A]")
     add("--sub-policies", type=at_least(1), default=10, help="L, sub-policies of a policy [P]")
-    add("--stages", type=at_least(1), default=2, help="K, operations of a sub-policy, one after the other [P]")
+    add("--stages", type=at_least(1), default=2, help="K, stages of a sub-policy, an operation each [P]")
     add("--class-weight", type=at_least(0.0), default=0.1, help="weight of the classification losses [A]")
     add("--critic-weight", type=at_least(0.0), default=1.0, help="weight of the critic's losses, penalty included [C]")
     add("--penalty", type=at_least(0.0), default=10.0, help="lambda of WGAN-GP, weight of the gradient penalty [A]")
@@ -456,45 +513,20 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if (args.depth - 4) % 6 or args.faa_batch_size % 2:
         parser.error("--depth must be 6 n + 4 (10, 16, ..., 40), --faa-batch-size even: half of it is augmented")
 
-    handed = {"--policy", "--search-only", "--genotype"} if args.method == "dha" else {"--policy", "--search-only"}
+    handed = ("--policy", "--search-only")
+    if args.method == "dha":
+        handed = ("--genotype", "--no-da", "--no-hpo")
     for flag in rest:
         if flag.split("=")[0] in handed:
             parser.error(f"{flag} is not for this baseline, whose runs hand over what they found")
-    args.parts = parts(args, rest, begun=bool(saved))
+    args.parts = parts(args, rest)
     return args
-
-
-def parts(args: argparse.Namespace, rest: list[str], begun: bool) -> dict[str, argparse.Namespace]:
-    """The flags of the runs of the methods, {folder in --out: flags}. The methods themselves refuse wrong ones.
-
-    begun: the folders hold their flags already (keep_flags); --resume takes them from there, and `rest` may only agree.
-    """
-    out = Path(args.out)
-    flags = list(rest)
-    if args.resume:
-        flags.append("--resume")
-    if not begun:
-        flags += ["--preset", args.preset, "--dataset", args.dataset, "--seed", str(args.seed)]
-
-    def parse(method, folder: str, own: list[str]) -> argparse.Namespace:
-        if begun:
-            own = []
-        return method.parse_args([*flags, *own, "--out", str(out / folder)])
-
-    if args.method == "dha":
-        genotype = str(out / "search" / "genotype.json")
-        return {
-            "search": parse(dha, "search", ["--no-da", "--no-hpo", "--train-epochs", "0"]),
-            "train": parse(dha, "train", ["--genotype", genotype]),
-        }
-    policy = "none" if args.method == "darts" else str(out / "policy.json")
-    return {"darts": parse(joint_darts_faa, "darts", ["--policy", policy])}
 
 
 def main(argv: list[str]) -> None:
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
-    elif hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+    elif hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has no such method
         sys.stdout.reconfigure(line_buffering=True)  # so that a job's log has every line at once
 
     try:

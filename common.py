@@ -4,8 +4,9 @@
     net = Network(GENOTYPES["DARTS_V2"], num_classes=10, channels=36, layers=20)
     logits = net(normalize(data.test_images[:8], *mean_std(data.train_images)))
 
-Small images (CIFAR, SVHN, shapes, small folders) are one uint8 tensor on the training device, and a batch is an index
-into it. Photographs are files that a DataLoader reads. `loader` hides the difference from a training loop.
+Small images (CIFAR, SVHN, shapes, folders without --image-size or with one below 64) are one uint8 tensor on the
+training device, from which a batch is picked by indices. Others are files that a DataLoader reads: Photos. `loader`
+hides the difference from a training loop.
 """
 
 import ast
@@ -78,7 +79,7 @@ def load_data(
     workers: int = 4,
     seed: int = 0,
 ) -> Data:
-    """Load one of DATASETS, as tensors, or as Photos (files, from 64 pixels on). torchvision downloads what it can.
+    """Load one of DATASETS, as tensors, or as Photos if an image_size of 64 or more is wanted. torchvision downloads.
 
     image_size: side in pixels. None: 224 for photographs, the images' own size for all others.
     limit_train, limit_test: use a random subset of this size, which does not depend on seed.
@@ -166,14 +167,10 @@ def _flowers102(root: Path) -> tuple[tuple, tuple, list[str]]:
 
 def _train_and_test(root: Path) -> tuple[tuple, tuple, list[str]]:
     """`train/<class>/...` and `test/<class>/...`, or `val/` for `test/`, as ImageNet has it."""
-    test_root = root / "test"
-    if not test_root.is_dir():
-        test_root = root / "val"
-
     # ImageNet's archive has both, and no classes in test/, whose labels nobody knows
-    elif (root / "val").is_dir() and not _class_names(test_root):
+    test_root = root / "test"
+    if not test_root.is_dir() or ((root / "val").is_dir() and not _class_names(test_root)):
         test_root = root / "val"
-
     if not ((root / "train").is_dir() and test_root.is_dir()):
         raise InputError(f"{root} must hold train/<class>/* and test/<class>/* (or val/): check --data-dir")
 
@@ -303,7 +300,7 @@ class Photos(Dataset):
         if seed is None:
             return self.test_view(image)
 
-        # A seed for each view: it is the same for any number of workers. (torch.manual_seed would seed the GPU, too.)
+        # A seed for each view, so that any number of workers shows the same. (torch.manual_seed seeds the GPU, too)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return self.train_view(image)
@@ -380,13 +377,7 @@ def loader(
     else:
         seeds = itertools.repeat(None)
 
-    # A tensor at once: every tolist waits for the GPU
-    if isinstance(order, Tensor):
-        indices = order.tolist()
-    else:
-        indices = [batch.tolist() for batch in order]
-    keys = [list(zip(batch, seeds)) for batch in indices]
-
+    keys = [list(zip(batch.tolist(), seeds)) for batch in order]
     for x, batch in zip(_read(images, keys), order):
         if labels.is_cuda:
             x = x.pin_memory()
@@ -429,7 +420,7 @@ def _read(photos: Photos, keys: list[list[tuple]]) -> Iterator[Tensor]:
 
 
 def _as_array(views: list[Tensor]) -> np.ndarray:
-    """One batch. An array comes out of a worker through a pipe; a tensor would need /dev/shm and a socket."""
+    """One batch. An array comes out of a worker through a pipe; a tensor would take a file in /dev/shm and a socket."""
     return torch.stack(views).numpy()
 
 
@@ -458,7 +449,7 @@ def cutout(images: Tensor, length: int) -> Tensor:
 
 
 def mean_std(images: Tensor | Photos) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, (3,) each, of the channels of uint8 images (N, 3, H, W), in units of [0, 1].
+    """Mean and standard deviation, (3,) each, of the channels of uint8 images (N, 3, H, W), scaled to [0, 1].
 
     Of Photos: those that everybody uses for ImageNet, on the CPU.
     """
@@ -473,7 +464,7 @@ def mean_std(images: Tensor | Photos) -> tuple[Tensor, Tensor]:
         total += levels.sum((0, 2, 3))
         squares += levels.square().sum((0, 2, 3))
 
-    # Images may be of one colour, and nothing is divided by 0
+    # Images of one colour have std 0, by which nothing can be divided
     pixels = images[:, 0].numel()
     mean = total / pixels
     std = (squares / pixels - mean.square()).clamp(min=0).sqrt()
@@ -887,15 +878,11 @@ def auxiliary_head(c_in: int, num_classes: int, stem: str = "cifar") -> nn.Seque
 
     With the ImageNet stem no batch norm follows the second convolution, as in DARTS' code.
     """
-    if stem == "cifar":
-        pool = nn.AvgPool2d(5, stride=3)
-        norm = [nn.BatchNorm2d(768)]
-    else:
-        pool = nn.AvgPool2d(5, stride=2)
-        norm = []
+    cifar = stem == "cifar"
+    norm = [nn.BatchNorm2d(768)] if cifar else []
     return nn.Sequential(
         nn.ReLU(),
-        pool,
+        nn.AvgPool2d(5, stride=3 if cifar else 2),
         *conv_bn(c_in, 128, 1),
         nn.ReLU(),
         nn.Conv2d(128, 768, 2, bias=False),
@@ -956,7 +943,7 @@ class Network(nn.Module):
     """The final network of a genotype: `layers` cells, reductions at layers//3 and 2*layers//3 (DARTS).
 
     Normalised images (B, 3, H, W) to logits (B, num_classes); in training with `auxiliary`, to (logits,
-    auxiliary logits). drop_path_prob, in [0, 1), is an attribute that a training loop can raise.
+    auxiliary logits). drop_path_prob, in [0, 1), is an attribute that a training loop can set.
     """
 
     def __init__(
@@ -977,7 +964,7 @@ class Network(nn.Module):
 
         c_before = c_in
         for i in range(layers):
-            reduction = i in (layers // 3, 2 * layers // 3)
+            reduction = i in (layers // 3, self.auxiliary_at)
             if reduction:
                 channels *= 2
             cell = Cell(genotype, c_before, c_in, channels, reduction, halved)

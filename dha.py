@@ -16,12 +16,13 @@ one loss and no validation split, and nothing is retrained.
     theta    weights
     tau      14 x 14 logits: which pair of image operations to apply
     lr, wd   learning rate and weight decay; together the paper's eta. beta: the sizes of their steps
-    alpha    strengths of a node's candidates: of each operation on each state (a cell's inputs, earlier nodes)
+    alpha    a coefficient for each candidate of a node: each operation on each state (a cell's inputs, earlier nodes)
     b        what Adam trains in place of alpha: 7 numbers per node
     A        random and fixed; alpha is decoded from b = A alpha
 
-A node's support is what it keeps and runs: the strongest candidate of each state, and of these the two strongest.
-One iteration (Figure 1; its last arrow, to eta, is step 3 of the iteration after):
+A node's support is what it keeps and runs: the largest |alpha| of each state, and of these the two largest. It is the
+child network of Figure 1, which the paper samples in every iteration and ISTA-NAS' code fixes for an epoch, as we do.
+One iteration (the paper moves eta last, by a loss at the new theta; the next iteration has its gradient: step 3):
 
     1. draw a pair of image operations for every image from softmax(tau) and apply it
     2. compute the loss of every image, and the gradients
@@ -30,8 +31,8 @@ One iteration (Figure 1; its last arrow, to eta, is step 3 of the iteration afte
     5. move b and theta to lower the mean loss
 
 Before the search, and after each of its epochs but the final one, alpha is decoded from b (Eq. 4), which may change the
-support. A node whose alpha hardly moves is frozen: its support and strengths are final, and its weights go on learning.
-After --search-epochs all nodes are frozen. Then the other candidates are deleted, and the same weights train on.
+support. A node whose alpha hardly moves is frozen: its support is final, and its weights go on learning. After
+--search-epochs all nodes are frozen. Then the other candidates are deleted, and the same weights train on.
 
 Marks: [P] the paper says so. [A] public code does: https://github.com/gitkaichenzhou/DHA, or that of the named method,
 https://github.com/quark0/darts, https://github.com/iboing/ISTA-NAS. [C] our choice, because neither says.
@@ -92,21 +93,21 @@ def apply_pairs(images: Tensor, pairs: Tensor) -> Tensor:
 
 
 def policy_loss(tau: Tensor, pairs: Tensor, losses: Tensor, weight: str, entropy_weight: float = 0.0) -> Tensor:
-    """L^DA of Eq. (2), the weighted sum of the losses L_k of the images. Its gradient goes to tau alone.
+    """L^DA of Eq. (2), a weighted sum of the losses L_k of the images. What counts is its gradient, which goes to tau.
 
     tau (14, 14); pairs (B,), drawn from p(tau), and losses (B,) of the same images. The paper calls p_k(tau) "an
     importance weight". `weight` says how that is read; l_j is the mean loss of images with pair j:
 
     "ratio", the default of this script [C]: what statistics calls the importance weight of a draw from p, p_k(tau) over
-    p_k(tau held fixed). Its value is 1, its gradient that of log p_k. In the mean tau_j climbs
+    p_k(tau held fixed). Its value is 1, its gradient that of log p_k. In expectation tau_j rises by
     B p_j (l_j - sum_i p_i l_i): pairs that are harder than the mean gain. The batch's mean loss is subtracted, which
-    takes noise away and in the mean changes B to B - 1. entropy_weight, lambda_H in nats, adds the entropy H of p: the
-    maximum of sum_i p_i l_i + lambda_H H is at p_i ~ exp(l_i / lambda_H), so that no pair takes all.
+    takes noise away and changes B to B - 1. entropy_weight, lambda_H, adds the entropy H of p: the maximum of
+    sum_i p_i l_i + lambda_H H is at p_i proportional to exp(l_i / lambda_H), so that no pair takes all.
 
     "p", the probability itself, as printed [P]; it is here to reproduce the paper. (The authors' code weights all
-    images alike.) But the pairs are drawn from p already. In the mean tau_j climbs B p_j (p_j l_j - sum_i p_i^2 l_i):
-    of two pairs with the same loss the more probable one gains. Small steps leave p near uniform, large ones end on one
-    pair.
+    images alike.) But the pairs are drawn from p already. In expectation tau_j rises by
+    B p_j (p_j l_j - sum_i p_i^2 l_i): of two pairs with the same loss the more probable one gains. Small steps leave p
+    near uniform, large ones end on one pair.
 
     Raises ValueError for another weight.
     """
@@ -150,8 +151,8 @@ def hypergradient(
     """The gradient of Eq. (3), (dL/dlr, dL/dwd), through the sgd_step that led to theta_plus.
 
     theta_plus: theta^(t+1), the weights after that step. grads: dL/dtheta there, before clipping. velocity: the step's
-    v. lr: its learning rate. The lists hold the weights that moved in the step and have a gradient now. The weights and
-    the v before the step count as constant (end of section 2.2).
+    v. lr: its learning rate. The lists hold the weights that moved in the step and have a gradient now; to the others
+    the products below would add 0. The weights and the v before the step count as constant (end of section 2.2).
 
     The paper takes L on "a mini-batch". Here that is the batch of the next iteration [C], at the support, b and tau of
     that iteration: its gradient is computed anyway, so that Eq. (3) costs no second pass (the authors' code pays one).
@@ -290,9 +291,12 @@ class SparseCell(nn.Module):
 
         self.nodes = nn.ModuleList()
         for j in range(NODES):
-            every_candidate = [(name, state) for state, name in itertools.product(range(j + 2), OPS)]
+            # In the order of alpha's entries: state by state
+            wanted = [(name, state) for state, name in itertools.product(range(j + 2), OPS)]
+            if support:
+                wanted = support[j]
             candidates = nn.ModuleDict()
-            for name, state in support[j] if support else every_candidate:
+            for name, state in wanted:
                 op = common.operation(name, channels, stride=2 if reduction and state < 2 else 1)
                 if not any(isinstance(module, nn.BatchNorm2d) for module in op.modules()):
                     op.append(nn.BatchNorm2d(channels))
@@ -300,16 +304,16 @@ class SparseCell(nn.Module):
             self.nodes.append(candidates)
 
     def forward(self, s0: Tensor, s1: Tensor, support: list, strengths: list, drop_path_prob: float) -> Tensor:
-        """support: for each node, the pairs (operation, state) to run. strengths: their factors."""
+        """support: for each node, the pairs (operation, state) to run. strengths: what multiplies their outputs."""
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        for candidates, pairs, factors in zip(self.nodes, support, strengths):
+        for candidates, pairs, pair_strengths in zip(self.nodes, support, strengths):
             node = None
-            for (name, state), factor in zip(pairs, factors):
+            for (name, state), strength in zip(pairs, pair_strengths):
                 op = candidates[f"{name}_{state}"]
                 o = op(states[state])
                 if not isinstance(op[0], nn.Identity):  # identities are never dropped [A: DARTS]
                     o = stochastic_depth(o, drop_path_prob, "row", self.training)
-                o = factor * o
+                o = strength * o
                 node = o if node is None else node + o  # alpha_j^T o_j, section 2.3
             states.append(node)
         return torch.cat(states[2:], 1)  # (B, 4 channels, H, W)
@@ -319,10 +323,15 @@ class SparseSupernet(nn.Module):
     """Normalised images (B, 3, H, W) to logits (B, num_classes).
 
     With `auxiliary`, in training, to (logits, auxiliary logits). `layers` cells share 8 nodes: 4 of the normal cell, 4
-    of the reduction cell. Node k has b[k] (7,), A[k] (7, 35; zeros where it has fewer candidates), alpha[k] (35,),
-    support[k] and frozen[k]; A_S and alpha_S are A and alpha on the support S, factors[k] (2,) the final strengths once
-    it is frozen. b_scale: standard deviation of b at the start. support: the architecture, if it is given (see
-    to_support): then there is nothing to search, and all factors are 1. Raises InputError if it does not fit.
+    of the reduction cell. Of node k:
+
+        b[k] (7,), A[k] (7, 35), alpha[k] (35,)    A has zeros where the node has fewer candidates
+        support[k]                                 pairs (operation, state) that it keeps, called S below
+        A_S[k] (7, 2), alpha_S[k] (2,)             A and alpha on the support
+        frozen[k], factors[k] (2,)                 is its search over? Then its outputs have these constant factors
+
+    b_scale: standard deviation of b at the start. support: the architecture, if it is given (see to_support); then
+    nothing is searched, and all factors are 1. Raises InputError if it does not fit.
     """
 
     ops = OPS
@@ -368,8 +377,10 @@ class SparseSupernet(nn.Module):
             if reduction:
                 channels *= 2
             first_node = NODES if reduction else 0
-            support = self.support and self.support[first_node : first_node + NODES]
-            self.cells.append(SparseCell(c_before, c_in, channels, reduction, halved, first_node, support))
+            given = None
+            if self.support:
+                given = self.support[first_node : first_node + NODES]
+            self.cells.append(SparseCell(c_before, c_in, channels, reduction, halved, first_node, given))
             c_before = c_in
             c_in = NODES * channels
             halved = reduction
@@ -385,7 +396,8 @@ class SparseSupernet(nn.Module):
         for cell in self.cells:
             common.fix_batch_norms(cell.nodes)
 
-        # A is random and fixed; nodes with fewer candidates than others have zeros
+        # A is random and fixed; nodes with fewer candidates than others have zeros. What a node lacks comes last:
+        # states that do not exist yet, and skip_connect in a layer of the MobileNet space
         nodes = len(self.states)
         A = torch.rand(nodes, CODE, len(self.ops) * max(self.states))  # U(0, 1) [A]
         for cell in self.cells:
@@ -401,11 +413,8 @@ class SparseSupernet(nn.Module):
         self.set_alpha(self.decode())
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        # Strengths are computed in float32. (With --amp their products with what an operation returns are bfloat16)
-        with torch.autocast(x.device.type, enabled=False):
-            strengths = [self.strength(k).unbind() for k in range(len(self.states))]
-
         # Cell by cell, each with the support and the strengths of its own nodes
+        strengths = [self.strength(k).unbind() for k in range(len(self.states))]
         with_auxiliary = self.training and self.auxiliary is not None
         s0 = self.stem(x)
         s1 = self.stem1(s0)
@@ -421,14 +430,15 @@ class SparseSupernet(nn.Module):
         """What multiplies the outputs of node k's support, (kept,): section 2.3's b^T A - alpha^T E with E = A^T A - I.
 
         First alpha is set to 0 off the support, then E is applied, and the entries of the support are taken [A:
-        ISTA-NAS]. alpha is constant here, so that the gradient goes to b. Where alpha has no other non-zeros and b =
-        A alpha, these are the entries of alpha. For a frozen node they are constant factors.
+        ISTA-NAS]: alpha_S + A_S^T (b - A_S alpha_S). These are the entries of alpha only if it has no other non-zeros.
+        alpha is constant here, so that the gradient goes to b. For a frozen node all is constant.
         """
         if self.frozen[k]:
             return self.factors[k]
         A, alpha = self.A_S[k], self.alpha_S[k]
-        alpha_E = A.T @ (A @ alpha) - alpha  # E is symmetric
-        return A.T @ self.b[k] - alpha_E
+        with torch.autocast(A.device.type, enabled=False):  # in float32, also with --amp
+            alpha_E = A.T @ (A @ alpha) - alpha  # E is symmetric
+            return A.T @ self.b[k] - alpha_E
 
     @torch.no_grad()
     def decode(self, lam: float = LASSO) -> Tensor:
@@ -438,13 +448,13 @@ class SparseSupernet(nn.Module):
         alpha[searched] = ista(self.A[searched], torch.stack([self.b[k] for k in searched]), lam)
         return alpha
 
-    def support_of(self, alpha: Tensor) -> list[list[tuple[str, int]]]:
+    def select_support(self, alpha: Tensor) -> list[list[tuple[str, int]]]:
         return select_support(alpha, self.states, self.kept, self.ops)
 
     def set_alpha(self, alpha: Tensor) -> list[float]:
         """Make alpha (nodes, 35) and its support the network's. Returns how far each node's alpha moved."""
         distances = (alpha - self.alpha).norm(dim=1).tolist()
-        self.support = self.support_of(alpha)
+        self.support = self.select_support(alpha)  # of frozen nodes the same: decode leaves their alpha as it is
         self.alpha.copy_(alpha)
         for k, pairs in enumerate(self.support):
             entries = [len(self.ops) * state + self.ops.index(name) for name, state in pairs]
@@ -547,13 +557,14 @@ def cost_share(net: SparseSupernet, support: list, args: argparse.Namespace, ima
 def start_within_limits(net: SparseSupernet, args: argparse.Namespace, image_size: int) -> None:
     """Bring the first, random support under the limits of Eq. (1), node by node.
 
-    Each draw gives one node a b that makes a random operation its strongest; the draw is undone if it raises
-    cost_share. Raises InputError after 300 draws.
+    Each draw gives one node a b near the code of a random candidate, which mostly makes that one its strongest; the
+    draw is undone if it raises cost_share. Raises InputError after 300 draws.
     """
     lowest = cost_share(net, net.support, args, image_size)
     for draw in range(300):
         if lowest <= 1:
-            return
+            break
+
         # A column of A is the code of an alpha that is 1 there and 0 elsewhere
         k = draw % len(net.b)
         candidates = int(net.A[k].any(0).sum())
@@ -563,43 +574,38 @@ def start_within_limits(net: SparseSupernet, args: argparse.Namespace, image_siz
         net.b[k].copy_(args.b_scale * code)
 
         alpha = net.decode()
-        share = cost_share(net, net.support_of(alpha), args, image_size)
+        share = cost_share(net, net.select_support(alpha), args, image_size)
         if share > lowest:
             net.b[k].copy_(before)
         else:
             lowest = share
             net.set_alpha(alpha)
-    raise InputError("found no architecture within --max-params and --max-flops to start with: raise them")
+    if lowest > 1:
+        raise InputError("found no architecture within --max-params and --max-flops to start with: raise them")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One iteration (Figure 1)
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Under torchrun: this process's number, and how many there are
-TORCHRUN = dist.is_torchelastic_launched()
-RANK = int(os.environ["RANK"]) if TORCHRUN else 0
-WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
-QUIET = True if RANK > 0 else None  # tqdm's disable; None: no bar where there is no terminal
-
 
 class Learned:
     """Everything that is learned, and the state of its optimizers. support: the architecture, if it is not learned."""
 
     def __init__(self, args: argparse.Namespace, data: common.Data, device: torch.device, support: list | None = None):
-        build = MobileSupernet if args.space == "mobilenet" else SparseSupernet
+        Supernet = MobileSupernet if args.space == "mobilenet" else SparseSupernet
         stem = common.stem_for(data.train_images)
         auxiliary = args.auxiliary_weight > 0
         if auxiliary:
             common.check_auxiliary(data.train_images.shape[3])
-        self.net = build(args.channels, len(data.classes), args.layers, auxiliary, args.b_scale, stem, support)
+        self.net = Supernet(args.channels, len(data.classes), args.layers, auxiliary, args.b_scale, stem, support)
         self.net.to(device, memory_format=torch.channels_last)
-        self.velocity = {}  # weight: its v, of all that the previous step moved
+        self.velocity = {}  # {weight: its v}, for the weights that the previous step moved
         self.collect_theta()
 
         b = {"params": self.net.b}  # as a group, because it is empty where the architecture is given
         self.b_optimizer = torch.optim.Adam([b], args.arch_lr, betas=(0.5, 0.999), weight_decay=1e-3)  # [A: ISTA-NAS]
-        self.tau = torch.zeros(len(AUGMENTATIONS), len(AUGMENTATIONS), device=device, requires_grad=True)  # all alike
+        self.tau = torch.zeros(len(AUGMENTATIONS), len(AUGMENTATIONS), device=device, requires_grad=True)  # uniform
         self.lr = torch.tensor(args.lr, device=device)  # tensors, so that no step waits for the GPU
         self.previous_lr = self.lr.clone()  # of the previous step: warm-up may set lr before Eq. (3) looks back at it
         self.wd = torch.tensor(args.weight_decay, device=device)
@@ -668,7 +674,7 @@ def train_step(s: Learned, images: Tensor, labels: Tensor, args: argparse.Namesp
     logits, auxiliary_logits = output if isinstance(output, tuple) else (output, None)  # (B, classes)
     smooth = args.label_smoothing
     losses = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smooth)  # (B,)
-    if auxiliary_logits is not None:
+    if auxiliary_logits is not None:  # L_k contains the auxiliary head's loss, for the policy, too [A]
         auxiliary_losses = F.cross_entropy(auxiliary_logits.float(), labels, reduction="none", label_smoothing=smooth)
         losses = losses + args.auxiliary_weight * auxiliary_losses
 
@@ -699,8 +705,9 @@ def train_step(s: Learned, images: Tensor, labels: Tensor, args: argparse.Namesp
     # 5. b, and the weights. A weight that did not run in the previous step starts with v = 0 [C]
     s.b_optimizer.step()
     nn.utils.clip_grad_norm_(ran, GRAD_CLIP)
-    s.velocity = {weight: s.velocity[weight] if weight in s.velocity else torch.zeros_like(weight) for weight in ran}
-    sgd_step(ran, [weight.grad for weight in ran], list(s.velocity.values()), s.lr, s.wd)
+    velocity = [s.velocity[weight] if weight in s.velocity else torch.zeros_like(weight) for weight in ran]
+    sgd_step(ran, [weight.grad for weight in ran], velocity, s.lr, s.wd)
+    s.velocity = dict(zip(ran, velocity))
     s.previous_lr.copy_(s.lr)
 
     accuracy = 100 * (logits.argmax(1) == labels).float().mean()
@@ -720,7 +727,7 @@ def decode_and_freeze(s: Learned, args: argparse.Namespace, image_size: int, fin
         settled = searched
     else:
         alpha = from_process_0(s.net.decode())
-        if cost_share(s.net, s.net.support_of(alpha), args, image_size) > 1:
+        if cost_share(s.net, s.net.select_support(alpha), args, image_size) > 1:
             print("the new support breaks --max-params or --max-flops: the old one stays")
             return None
         distances = s.net.set_alpha(alpha)
@@ -802,7 +809,7 @@ def search_and_train(s: Learned, args: argparse.Namespace, data: common.Data, hi
     image_size = data.train_images.shape[3]
     epochs_searched = sum(record["phase"] == "search" for record in history)
     while not all(s.net.frozen) or len(history) < epochs_searched + args.train_epochs:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         epoch = len(history)
         searching = not all(s.net.frozen)
         progress = 0.0 if searching else (epoch - epochs_searched) / args.train_epochs
@@ -865,7 +872,7 @@ def search_and_train(s: Learned, args: argparse.Namespace, data: common.Data, hi
         if searching:
             epochs_searched += 1
             record["distances"] = decode_and_freeze(s, args, image_size, final=epochs_searched == args.search_epochs)
-        record["seconds"] = time.perf_counter() - begun
+        record["seconds"] = time.perf_counter() - started
         record["gpus"] = WORLD if device.type == "cuda" else 0
         history.append(record)
         save_epoch(out, history, learned=s.state_dict())
@@ -886,7 +893,7 @@ PRESETS = {
     ),
     "imagenet": dict(  # [A: DARTS; its warm-up ISTA-NAS]
         dataset="imagenet", train_epochs=250, batch_size=128, channels=48, layers=14, lr=0.1, weight_decay=3e-5,
-        warmup_epochs=5, label_smoothing=0.1, drop_path=0.0, cutout=0,
+        warmup_epochs=5, label_smoothing=0.1, drop_path=0.0, cutout=0,  # lr starts at the end of LR_RANGE
     ),
 }  # fmt: skip
 MOBILENET = dict(channels=32, layers=21, auxiliary_weight=0.0, drop_path=0.0)  # ProxylessNAS' size
@@ -931,7 +938,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--no-da", action="store_true", help="no policy: crop, flip and cutout only")
     add("--da-weight", choices=["p", "ratio"], default="ratio", help="p: Eq. (2) as printed [P]; ratio: ours [C]")
     add("--da-entropy", type=at_least(0.0), default=0.3, help="lambda_H, weight of the entropy, with ratio [C]")
-    add("--tau-lr", type=at_least(0.0), default=1e-3, help="step size of tau, for 15,000 steps and more [C]")
+    add("--tau-lr", type=at_least(0.0), default=1e-3, help="step size of tau; short runs need more [C]")
     add("--no-hpo", action="store_true", help="wd stays, lr falls by a cosine once the search is over [A: ISTA-NAS]")
     add("--beta-lr", type=at_least(0.0), default=1e-5, help="beta of Eq. (3), for lr [C]")
     add("--beta-wd", type=at_least(0.0), default=1e-5, help="beta of Eq. (3), for wd [C]")
@@ -995,7 +1002,7 @@ PLACES = ("out", "resume", "gpu", "amp", "workers", "data_dir")  # flags that --
 def saved_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, script: str) -> dict:
     """The flags of the run in --out, from its config.json, if --resume finds one there; {} if a new run may begin.
 
-    script: the path of the one that runs. Ends the program where a run lies that is not to be gone on with.
+    script: the path of the one that runs. Ends the program where --out holds another run.
     """
     folder = Path(args.out)
     name = Path(script).name
@@ -1015,7 +1022,7 @@ def saved_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, scrip
 
 
 def refuse_changes(parser: argparse.ArgumentParser, args: argparse.Namespace, saved: dict) -> None:
-    """End the program if args say otherwise than the saved flags of the run that --resume goes on with."""
+    """End the program if a flag contradicts those that the run, with which --resume goes on, has saved."""
     for name, value in saved.items():
         if name not in PLACES and getattr(args, name) != value:
             parser.error(f"{args.out} was started with {name} = {value}: leave flags that differ out")
@@ -1024,6 +1031,12 @@ def refuse_changes(parser: argparse.ArgumentParser, args: argparse.Namespace, sa
 # ---------------------------------------------------------------------------------------------------------------------
 # Around a run: processes, device, evaluation
 # ---------------------------------------------------------------------------------------------------------------------
+
+# Under torchrun: this process's number, and how many there are
+TORCHRUN = dist.is_torchelastic_launched()
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0
+WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
+QUIET = True if RANK > 0 else None  # tqdm's disable; None: no bar where there is no terminal
 
 
 def join_processes(args: argparse.Namespace) -> None:
@@ -1061,7 +1074,7 @@ def evaluate(net: nn.Module, images: Tensor | common.Photos, labels: Tensor, mea
 
 
 def finite_means(means: Tensor, learned: list[Tensor], epoch: int, flags: str) -> list[float]:
-    """An epoch's means, over all processes. Ends the program if one of them or of what is learned is not finite."""
+    """An epoch's means, over all processes. Ends the program if a mean or a learned tensor is not finite."""
     if dist.is_initialized():
         dist.all_reduce(means)
         means = means / dist.get_world_size()
@@ -1122,7 +1135,7 @@ def open_run(args: argparse.Namespace, device: torch.device, script: str) -> tup
         if not (out / "config.json").exists():
             save(out / "config.json", config)
         if not (out / source.name).exists():
-            (out / source.name).write_bytes(source.read_bytes())
+            save(out / source.name, source.read_bytes())
 
     if not (out / "checkpoint.pt").exists():
         return [], {}
@@ -1140,11 +1153,13 @@ def save_epoch(out: Path, history: list[dict], **learned: dict) -> None:
         save(out / "metrics.jsonl", history)
 
 
-def save(path: Path, content: dict | list) -> None:
-    """Write a .pt, .json or .jsonl file, whole or not at all: a file that is there is complete."""
+def save(path: Path, content: dict | list | bytes) -> None:
+    """Write a .pt, .json or .jsonl file, or bytes, whole or not at all: a file that is there is complete."""
     part = path.with_name(path.name + ".part")
     with open(part, "wb") as file:
-        if path.suffix == ".pt":
+        if isinstance(content, bytes):
+            file.write(content)
+        elif path.suffix == ".pt":
             torch.save(content, file)
         elif path.suffix == ".jsonl":
             file.writelines(json.dumps(record).encode() + b"\n" for record in content)
@@ -1224,8 +1239,8 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Sp
     try:
         info = torch.load(path, map_location=device, weights_only=True)
         support = to_support(common.parse_genotype(info["genotype"], info["space"]))
-        build = MobileSupernet if info["space"] == "mobilenet" else SparseSupernet
-        net = build(info["channels"], info["num_classes"], info["layers"], stem=info["stem"], support=support)
+        Supernet = MobileSupernet if info["space"] == "mobilenet" else SparseSupernet
+        net = Supernet(info["channels"], info["num_classes"], info["layers"], stem=info["stem"], support=support)
         net.load_state_dict(info.pop("state_dict"))
     except Exception as error:  # a damaged file can make the unpickler raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -1298,10 +1313,15 @@ def draw_cells(path: Path, genotype: Genotype) -> None:
     figure.savefig(path, bbox_inches="tight", dpi=150)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def main(argv: list[str]) -> None:
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
-    elif hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+    elif hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has no such method
         sys.stdout.reconfigure(line_buffering=True)  # so that a job's log has every line at once
 
     try:
@@ -1353,7 +1373,7 @@ class MobileLayer(nn.Module):
         self.shortcut = stride == 1 and c_in == c_out
         names = [name for name in common.MOBILE_PRIMITIVES if name != "skip_connect" or self.shortcut]
         if support:
-            ((chosen, _),) = support[0]
+            chosen = support[0][0][0]
             if chosen not in names:
                 raise InputError(f"the genotype chooses {chosen} where the width or the stride changes")
             names = [chosen]
@@ -1366,18 +1386,18 @@ class MobileLayer(nn.Module):
     def forward(self, s0: Tensor, x: Tensor, support: list, strengths: list, drop_path_prob: float) -> Tensor:
         """As SparseCell's; s0 is not read."""
         name, state = support[0][0]
-        factor = strengths[0][0]
+        strength = strengths[0][0]
 
-        # Factors of some 0.01, layer after layer, would leave nothing of x. So a skip-connection is x itself; its
+        # Strengths of some 0.01, layer after layer, would leave nothing of x. So a skip-connection is x itself; its
         # strength gets the gradient that it would have as a factor of x [C]
         if name == "skip_connect":
-            return x * (1 + (factor - factor.detach()))
+            return x * (1 + (strength - strength.detach()))
 
         o = self.nodes[0][f"{name}_{state}"](x)
         if self.shortcut:
             o = stochastic_depth(o, drop_path_prob, "row", self.training)
-            return x + factor * o
-        return factor * o
+            return x + strength * o
+        return strength * o
 
 
 class MobileSupernet(SparseSupernet):
@@ -1411,8 +1431,10 @@ class MobileSupernet(SparseSupernet):
         ):  # fmt: skip
             for i in range(count):
                 k = len(self.cells)
-                support = self.support and self.support[k : k + 1]
-                self.cells.append(MobileLayer(k, c_in, width(at_32), stride if i == 0 else 1, support))
+                given = None
+                if self.support:
+                    given = self.support[k : k + 1]
+                self.cells.append(MobileLayer(k, c_in, width(at_32), stride if i == 0 else 1, given))
                 c_in = width(at_32)
         self.head = nn.Sequential(*conv_bn_relu6(c_in, width(1280), 1))
         self.classifier = nn.Linear(width(1280), num_classes)
@@ -1450,7 +1472,7 @@ def per_image(values: Tensor) -> Tensor:
 
 
 def into_range(images: Tensor) -> Tensor:
-    """clamp(0, 1), but with gradient 1 at exactly 0 and 1 (torch.clamp: 0 since torch 2.14)."""
+    """Clamp to [0, 1]. (By hardtanh, because torch.clamp has no gradient at exactly 0 and 1 since torch 2.14.)"""
     out = F.hardtanh(images, -1e-6, 1 + 1e-6)
     with torch.no_grad():
         return out.clamp_(0, 1)
@@ -1513,7 +1535,9 @@ def blend(ground: Tensor, images: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def gray(images: Tensor) -> Tensor:
-    """Luma, ITU-R 601-2: (B, 1, H, W)."""
+    """Luma, ITU-R 601-2: (B, 1, H, W). Of images of one channel that channel."""
+    if images.shape[1] == 1:
+        return images
     red, green, blue = images.split(1, dim=1)
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
@@ -1563,7 +1587,7 @@ def auto_contrast(images: Tensor, magnitude: Tensor) -> Tensor:
     levels = (images * 255).round().long().clamp(0, 255).flatten(2)  # (B, 3, H W)
     low = levels.amin(2, keepdim=True).double()
     high = levels.amax(2, keepdim=True).double()
-    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # 255.0 / x would be rounded otherwise
+    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # 255.0 / x is 255.0 * (1 / x) in torch
     every_level = torch.arange(256, device=images.device, dtype=torch.float64)
     stretched = (every_level * scale - low * scale).floor().clamp(0, 255)
     table = torch.where(high > low, stretched, every_level) / 255  # (B, 3, 256): the new value of each level

@@ -28,8 +28,8 @@ The training images are split in two, D_train and D_val. One iteration (Alg. 1):
     5. take a batch of D_train, treat it as in 1 to 3, and move w to lower the loss                Eq. (10)
 
 After the search the strongest operations make a network. It is trained from scratch with the policy, which now draws
-its operations instead of weighting them. Images are cropped and flipped before the policy, always; cutout follows it,
-in this training alone [C].
+its operations instead of weighting them. Images are always cropped and flipped before the policy. In the final training
+cutout follows the policy [P]; in the search there is none [C].
 
 Marks: [P] the paper says so. [A] public code does: DARTS', https://github.com/quark0/darts, or Faster AutoAugment's,
 https://github.com/moskomule/dda, branch fasteraa. [C] our choice, where neither says or we depart from both.
@@ -60,7 +60,8 @@ GRAD_CLIP = 5.0  # largest norm of the weights' gradient [A: DARTS]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The policy. Its 16 operations (AUGMENTATIONS, SIGNED) and their helpers (per_image, into_range) are at the end:
-# operation(images (B, 3, H, W), magnitude (B,)) returns images; all values lie in [0, 1].
+# operation(images, magnitude) returns images; images (B, 3, H, W) lie in [0, 1], magnitude (B,) too, or in [-1, 1] for
+# operations in SIGNED.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -76,8 +77,9 @@ def relaxed_bernoulli(p: Tensor) -> Tensor:
 
 
 class Policy(nn.Module):
-    """An augmentation policy, differentiable. Takes and returns images (B, 3, H, W), float in [0, 1].
+    """An augmentation policy, differentiable: the soft policy of the search. (After it, `augment` draws operations.)
 
+    Takes and returns images (B, 3, H, W), float in [0, 1].
     z, p, mu: (L, K, 16) each, so 3 * 16 * K * L parameters: for every sub-policy, stage and operation the logit of
     its selection, the probability that it is applied and its magnitude in [0, 1]; all from U(0, 1) at the start [A].
     eta: temperature of the selection [A]. Every image draws its own sub-policy [C] (Faster AutoAugment: one for a
@@ -97,7 +99,7 @@ class Policy(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         L, K, _ = self.z.shape
         which = torch.randint(L, (len(images),), device=images.device)  # a sub-policy for every image
-        weights = (self.z[which] / self.eta).softmax(2)  # sigma_eta(z) of Eqs. (2) and (3), (B, K, 16)
+        weights = self.selection()[which]  # sigma_eta(z) of Eqs. (2) and (3), (B, K, 16)
         masks = relaxed_bernoulli(self.p[which])  # of Eq. (1), (B, K, 16)
         signs = 1 - 2 * self.signed * torch.randint(2, masks.shape, device=images.device)  # 1 or -1 for SIGNED, else 1
         magnitudes = self.mu[which] * signs  # (B, K, 16)
@@ -124,7 +126,7 @@ class Policy(nn.Module):
 
     def selection(self) -> Tensor:
         """softmax(z / eta), the probability that an operation is selected: (L, K, 16)."""
-        return (self.z.detach() / self.eta).softmax(2)
+        return (self.z / self.eta).softmax(2)
 
     def as_dict(self) -> dict:
         """The policy as policy.json has it: the names of the operations, and lists of (L, K, 16) numbers."""
@@ -143,10 +145,9 @@ def augment(images: Tensor, policy: Policy) -> Tensor:
     L, K, _ = policy.z.shape
     B = len(images)
     which = torch.randint(L, (B,), device=images.device)  # a sub-policy for every image
-    nothing = len(AUGMENTATIONS)  # the number of no operation: apply_each leaves such images alone
     for k in range(K):
-        # A draw from Cat(selection) for every image, which no GPU waits for: with e_n from Exp(1) the largest
-        # selection_n / e_n is that of operation n with probability selection_n
+        # A draw from Cat(selection) for every image: with e_n from Exp(1), selection_n / e_n is the largest with
+        # probability selection_n. (torch.multinomial makes a GPU wait)
         selection = policy.selection()[which, k]  # (B, 16)
         drawn = (selection / torch.empty_like(selection).exponential_()).argmax(1)
 
@@ -154,7 +155,7 @@ def augment(images: Tensor, policy: Policy) -> Tensor:
         applied = torch.rand(B, device=images.device) < policy.p[which, k, drawn]
         sign = 1 - 2 * torch.randint(2, (B,), device=images.device)
         magnitude = sign * policy.mu[which, k, drawn]
-        images = apply_each(images, torch.where(applied, drawn, nothing), magnitude)
+        images = apply_each(images, torch.where(applied, drawn, -1), magnitude)  # -1: no operation
     return images
 
 
@@ -168,8 +169,8 @@ NODES = 4  # of a cell; node j reads the states 0 .. j + 1, of which 0 and 1 are
 class MixedOp(nn.Module):
     """The mixed operation of an edge, Eq. (5): x (B, C, H, W) to (B, C, H/stride, W/stride).
 
-    The operations are common.operation's, that is DARTS'. What they begin with is made by `begin`, see Beginnings; all
-    edges that read a state of a cell can have it in common.
+    The operations are those of common.operation. Their first layers are in `begin` (see Beginnings), because all edges
+    that read the same state share them. begin: None makes one for this edge.
     """
 
     def __init__(self, channels: int, stride: int, begin: "Beginnings | None" = None):
@@ -183,15 +184,15 @@ class MixedOp(nn.Module):
         """x: the state, or self.begin(state). alpha (8,): the edge's logits, in the order of PRIMITIVES."""
         if isinstance(x, Tensor):
             x = self.begin(x)
-        weights = alpha.softmax(0).to(x["skip_connect"].dtype)
-        return sum(weight * op(x[name]) for weight, (name, op) in zip(weights[1:], self.ops.items()))  # Eq. (5)
+        weights = alpha.softmax(0)[1:]  # without "none", which adds 0
+        return sum(weight * op(x[name]) for weight, (name, op) in zip(weights, self.ops.items()))  # Eq. (5)
 
 
 class Beginnings(nn.Module):
-    """What the operations on a state (B, C, H, W) begin with, by name; it saves time to make it once per state.
+    """What each operation on a state (B, C, H, W) begins with, by the operation's name; made once per state, for speed.
 
-    A pool is whole here, with the batch norm that DARTS' search puts after it. Convolutions begin with a ReLU, a
-    skip-connection with the state itself. ("none" is not there: it adds 0.)
+    Convolutions begin with a ReLU, a skip-connection with the state itself. The pools are here as a whole, each with
+    the batch norm that DARTS' search puts after it: nothing in them learns, so that one serves all edges.
     """
 
     def __init__(self, channels: int, stride: int):
@@ -201,11 +202,11 @@ class Beginnings(nn.Module):
         self.avg_pool = nn.Sequential(average, nn.BatchNorm2d(channels))
 
     def forward(self, state: Tensor) -> dict[str, Tensor]:
-        begun = dict.fromkeys(PRIMITIVES[1:], F.relu(state))
-        begun["max_pool_3x3"] = self.max_pool(state)
-        begun["avg_pool_3x3"] = self.avg_pool(state)
-        begun["skip_connect"] = state
-        return begun
+        x = dict.fromkeys(PRIMITIVES[1:], F.relu(state))
+        x["max_pool_3x3"] = self.max_pool(state)
+        x["avg_pool_3x3"] = self.avg_pool(state)
+        x["skip_connect"] = state
+        return x
 
 
 def rest_of_operation(name: str, channels: int, stride: int) -> nn.Module:
@@ -312,17 +313,11 @@ class DartsSupernet(nn.Module):
 # One iteration (Alg. 1)
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Under torchrun: this process's number, and how many there are
-TORCHRUN = dist.is_torchelastic_launched()
-RANK = int(os.environ["RANK"]) if TORCHRUN else 0
-WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
-QUIET = True if RANK > 0 else None  # tqdm's disable; None: no bar where there is no terminal
-
 
 class JointSearch:
     """Everything that the search learns, and its optimizers.
 
-    genotype: None, or the network's: then there is no alpha. With --policy there are no z, p and mu.
+    genotype: a fixed architecture, for which there is no alpha; None searches one. With --policy there are no z, p, mu.
     """
 
     def __init__(
@@ -480,7 +475,7 @@ def prepare_joint(args: argparse.Namespace, device: torch.device) -> tuple[commo
     if WORLD > 1 and RANK == 0:
         dist.barrier()
 
-    # Are there images enough for the batches of the search and of the training, and can the processes share them?
+    # Are there enough images for the batches of the search and of the training, and can the processes share them?
     count = len(data.train_images)
     if not (args.genotype and args.policy):
         searched = min(args.search_images or count, count)
@@ -533,7 +528,7 @@ def search(
     shuffled = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(args.seed)).to(device)
     D_train, D_val = shuffled[: args.search_images].chunk(2)  # 50/50 [A: DARTS]
     for epoch in range(len(history), args.search_epochs):  # Alg. 1, line 1
-        begun = time.perf_counter()
+        started = time.perf_counter()
         lr = cosine(args.lr, args.lr / 25, epoch / args.search_epochs)  # 0.025 to 0.001 [A: DARTS]
         s.w_optimizer.param_groups[0]["lr"] = lr
         s.net.train()
@@ -551,8 +546,8 @@ def search(
         batches = zip(val_batches, train_batches)
         steps = len(val_order)
         totals = torch.zeros(4, device=device)
-        for val, train in tqdm(batches, f"search {epoch + 1}", steps, leave=False, disable=QUIET):
-            totals += search_step(s, val, train, args.amp)
+        for val_batch, train_batch in tqdm(batches, f"search {epoch + 1}", steps, leave=False, disable=QUIET):
+            totals += search_step(s, val_batch, train_batch, args.amp)
 
         flags = "--lr, --arch-lr or --policy-lr"
         val_loss, val_accuracy, loss, accuracy = finite_means(totals / steps, [*s.w, *s.upper], epoch + 1, flags)
@@ -581,7 +576,7 @@ def search(
         if skips > 4 and not genotype:
             print("warning: most operations of the normal cell are skip-connections: the search may be collapsing.")
             print("metrics.jsonl has the genotype of every epoch: --genotype, with --policy, trains an earlier one")
-        record["seconds"] = time.perf_counter() - begun
+        record["seconds"] = time.perf_counter() - started
         record["gpus"] = WORLD if device.type == "cuda" else 0
         history.append(record)
         save_epoch(Path(args.out), history, search=s.state_dict())
@@ -614,7 +609,7 @@ def train(
 
     searched = sum(record["phase"] == "search" for record in history)
     for epoch in range(len(history) - searched, args.train_epochs):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         lr = cosine(args.lr, 0.0, epoch / args.train_epochs)
         optimizer.param_groups[0]["lr"] = lr
         net.drop_path_prob = args.drop_path * epoch / args.train_epochs
@@ -666,7 +661,7 @@ def train(
             f"epoch {record['epoch']}  train  loss {loss:.3f}  train {accuracy:.1f} %  "
             f"test {test_accuracy:.1f} %  lr {lr:.4f}"
         )
-        record["seconds"] = time.perf_counter() - begun
+        record["seconds"] = time.perf_counter() - started
         record["gpus"] = WORLD if device.type == "cuda" else 0
         history.append(record)
         save_epoch(out, history, train={"net": net.state_dict(), "optimizer": optimizer.state_dict()})
@@ -716,10 +711,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--search-only", action="store_true", help="stop after the search, with what it found")
     add("--genotype", type=os.path.expanduser, help=f"no search of alpha: {', '.join(common.GENOTYPES)}, or a file")
     add("--arch-lr", type=at_least(0.0), default=3e-4, help="Adam's learning rate for alpha [A: DARTS]")
-    add("--policy", type=os.path.expanduser, help="no policy search: the training uses this file, or `none`")
+    add("--policy", type=os.path.expanduser, help="None: search one; a file: train with that; `none`: no policy")
     add("--policy-lr", type=at_least(0.0), default=1e-3, help="Adam's learning rate for z, p and mu [A]")
     add("--sub-policies", type=at_least(1), default=10, help="L, sub-policies of a policy [P]")
-    add("--stages", type=at_least(1), default=2, help="K, operations of a sub-policy, one after the other [P]")
+    add("--stages", type=at_least(1), default=2, help="K, stages of a sub-policy, an operation each [P]")
 
     add = parser.add_argument_group("training (--lr and --weight-decay also move w in the search)").add_argument
     add("--train-epochs", type=at_least(0), default=600, help="epochs of training [P]")
@@ -774,7 +769,7 @@ PLACES = ("out", "resume", "gpu", "amp", "workers", "data_dir")  # flags that --
 def saved_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, script: str) -> dict:
     """The flags of the run in --out, from its config.json, if --resume finds one there; {} if a new run may begin.
 
-    script: the path of the one that runs. Ends the program where a run lies that is not to be gone on with.
+    script: the path of the one that runs. Ends the program where --out holds another run.
     """
     folder = Path(args.out)
     name = Path(script).name
@@ -794,7 +789,7 @@ def saved_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, scrip
 
 
 def refuse_changes(parser: argparse.ArgumentParser, args: argparse.Namespace, saved: dict) -> None:
-    """End the program if args say otherwise than the saved flags of the run that --resume goes on with."""
+    """End the program if a flag contradicts those that the run, with which --resume goes on, has saved."""
     for name, value in saved.items():
         if name not in PLACES and getattr(args, name) != value:
             parser.error(f"{args.out} was started with {name} = {value}: leave flags that differ out")
@@ -803,6 +798,12 @@ def refuse_changes(parser: argparse.ArgumentParser, args: argparse.Namespace, sa
 # ---------------------------------------------------------------------------------------------------------------------
 # Around a run: processes, device, evaluation
 # ---------------------------------------------------------------------------------------------------------------------
+
+# Under torchrun: this process's number, and how many there are
+TORCHRUN = dist.is_torchelastic_launched()
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0
+WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
+QUIET = True if RANK > 0 else None  # tqdm's disable; None: no bar where there is no terminal
 
 
 def join_processes(args: argparse.Namespace) -> None:
@@ -840,7 +841,7 @@ def evaluate(net: nn.Module, images: Tensor | common.Photos, labels: Tensor, mea
 
 
 def finite_means(means: Tensor, learned: list[Tensor], epoch: int, flags: str) -> list[float]:
-    """An epoch's means, over all processes. Ends the program if one of them or of what is learned is not finite."""
+    """An epoch's means, over all processes. Ends the program if a mean or a learned tensor is not finite."""
     if dist.is_initialized():
         dist.all_reduce(means)
         means = means / dist.get_world_size()
@@ -901,7 +902,7 @@ def open_run(args: argparse.Namespace, device: torch.device, script: str) -> tup
         if not (out / "config.json").exists():
             save(out / "config.json", config)
         if not (out / source.name).exists():
-            (out / source.name).write_bytes(source.read_bytes())
+            save(out / source.name, source.read_bytes())
 
     if not (out / "checkpoint.pt").exists():
         return [], {}
@@ -919,11 +920,13 @@ def save_epoch(out: Path, history: list[dict], **learned: dict) -> None:
         save(out / "metrics.jsonl", history)
 
 
-def save(path: Path, content: dict | list) -> None:
-    """Write a .pt, .json or .jsonl file, whole or not at all: a file that is there is complete."""
+def save(path: Path, content: dict | list | bytes) -> None:
+    """Write a .pt, .json or .jsonl file, or bytes, whole or not at all: a file that is there is complete."""
     part = path.with_name(path.name + ".part")
     with open(part, "wb") as file:
-        if path.suffix == ".pt":
+        if isinstance(content, bytes):
+            file.write(content)
+        elif path.suffix == ".pt":
             torch.save(content, file)
         elif path.suffix == ".jsonl":
             file.writelines(json.dumps(record).encode() + b"\n" for record in content)
@@ -1006,12 +1009,12 @@ def load_policy(path: str | Path) -> Policy:
     try:
         content = json.loads(Path(path).read_text())
         if "probability" in content:
-            raise ValueError("it is one of dha.py, whose operations come in pairs, and not this script's")
+            raise ValueError("it is a policy of dha.py, of pairs of operations, which this script cannot use")
         numbers = {name: torch.tensor(content[name], dtype=torch.float32) for name in ("z", "p", "mu")}
         policy = Policy(*numbers["z"].shape[:2], eta=float(content["eta"]))
         policy.load_state_dict(numbers)
         if content["operations"] != list(AUGMENTATIONS):
-            raise ValueError("its operations are others, or in another order")
+            raise ValueError("its operations differ, or their order does")
         both = torch.stack([policy.p, policy.mu])
         if not (policy.eta > 0 and policy.z.isfinite().all() and both.min() >= 0 and both.max() <= 1):
             raise ValueError("a number is out of its range")
@@ -1074,12 +1077,12 @@ def draw_joint(out: Path, history: list[dict], genotype: Genotype, images: Tenso
     }
     draw_curves(out / "curves.png", history, panels)
 
-    search = [record for record in history if "selection" in record]
-    if search:
+    records = [record for record in history if "selection" in record]
+    if records:
         figure = Figure(figsize=(9, 4.8), layout="constrained")
         axis = figure.subplots()
-        epochs = [record["epoch"] for record in search]
-        shares = torch.tensor([list(record["selection"].values()) for record in search]).T  # (16, epochs)
+        epochs = [record["epoch"] for record in records]
+        shares = torch.tensor([list(record["selection"].values()) for record in records]).T  # (16, epochs)
         axis.stackplot(epochs, shares.numpy(), labels=list(AUGMENTATIONS), colors=colormaps["tab20"].colors)
         axis.set(ylim=(0, 1), xlabel="epoch", title="Selection of each operation, mean over the policy")
         axis.locator_params(axis="x", integer=True)
@@ -1112,10 +1115,15 @@ def draw_cells(path: Path, genotype: Genotype) -> None:
     figure.savefig(path, bbox_inches="tight", dpi=150)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def main(argv: list[str]) -> None:
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
-    elif hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+    elif hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has no such method
         sys.stdout.reconfigure(line_buffering=True)  # so that a job's log has every line at once
 
     try:
@@ -1145,7 +1153,7 @@ def per_image(values: Tensor) -> Tensor:
 
 
 def into_range(images: Tensor) -> Tensor:
-    """clamp(0, 1), but with gradient 1 at exactly 0 and 1 (torch.clamp: 0 since torch 2.14)."""
+    """Clamp to [0, 1]. (By hardtanh, because torch.clamp has no gradient at exactly 0 and 1 since torch 2.14.)"""
     out = F.hardtanh(images, -1e-6, 1 + 1e-6)
     with torch.no_grad():
         return out.clamp_(0, 1)
@@ -1208,7 +1216,9 @@ def blend(ground: Tensor, images: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def gray(images: Tensor) -> Tensor:
-    """Luma, ITU-R 601-2: (B, 1, H, W)."""
+    """Luma, ITU-R 601-2: (B, 1, H, W). Of images of one channel that channel."""
+    if images.shape[1] == 1:
+        return images
     red, green, blue = images.split(1, dim=1)
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
@@ -1266,7 +1276,7 @@ def auto_contrast(images: Tensor, magnitude: Tensor) -> Tensor:
     levels = (images * 255).round().long().clamp(0, 255).flatten(2)  # (B, 3, H W)
     low = levels.amin(2, keepdim=True).double()
     high = levels.amax(2, keepdim=True).double()
-    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # 255.0 / x would be rounded otherwise
+    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # 255.0 / x is 255.0 * (1 / x) in torch
     every_level = torch.arange(256, device=images.device, dtype=torch.float64)
     stretched = (every_level * scale - low * scale).floor().clamp(0, 255)
     table = torch.where(high > low, stretched, every_level) / 255  # (B, 3, 256): the new value of each level
@@ -1303,10 +1313,10 @@ def identity_gradient(operation):
 
 
 def falling_gradient(operation):
-    """The operation, with the gradient -1 for the magnitude.
+    """The operation, with the derivative -1 of every pixel in the magnitude.
 
-    Faster AutoAugment's gradient is +1 for Solarize's threshold and Posterize's bits [A]. Both are larger where our
-    magnitude is smaller: hence -1.
+    Faster AutoAugment's code has +1, in Solarize's threshold and in Posterize's number of bits [A]. Both fall where our
+    magnitude rises: hence -1.
     """
 
     def with_gradient(images: Tensor, magnitude: Tensor) -> Tensor:
