@@ -1,4 +1,4 @@
-"""The methods copy from one another: copies must stay the same to the letter. The baseline imports both, and copies nothing."""
+"""Copies in the two methods must stay the same to the letter. The baseline imports both, and copies nothing."""
 
 import ast
 import sys
@@ -41,8 +41,7 @@ def differences(paths: list[Path]) -> list[str]:
             where, original = first.setdefault(name, (f"{path.name}:{line}", text))
             if text != original:
                 said.append(
-                    f"{name} differs: {where} and {path.name}:{line}; "
-                    "make them the same, or give one another name"
+                    f"{name} differs: {where} and {path.name}:{line}; make them the same, or give one another name"
                 )
     return said
 

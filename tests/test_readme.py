@@ -1,4 +1,4 @@
-"""README.md and tests/results/README.md: snippets run, links, names and commands are real, numbers are the kept results'."""
+"""README.md and tests/results/README.md: snippets run, links, names and commands are real, numbers are those kept."""
 
 import ast
 import functools
@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
+from torchvision.transforms.functional import to_pil_image
 
 import common
 import dha
@@ -104,6 +105,11 @@ def test_dotted_names_exist(page):
 def test_snippets_run_alone(snippet, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "shapes", functools.cache(common.shapes))
+    if "load_model" in snippet:
+        tiny = "--preset quick --gpu -1 --limit-train 16 --limit-test 8 --batch-size 8 --channels 4 --search-epochs 1"
+        dha.main([*tiny.split(), "--train-epochs", "1"])
+        to_pil_image(common.shapes(1, seed=0)[0][0]).resize((90, 60)).save("photo.png")
+        capsys.readouterr()
     exec(compile(snippet, "README.md", "exec"), {})
     said = capsys.readouterr().out
     assert bool(said) == ("print(" in snippet)
@@ -200,7 +206,9 @@ def test_what_is_said_of_the_joint_search_is_in_the_kept_results():
         shares[row] = f"{min(applied):.0f} to {max(applied):.0f} %"
         train = [result["last_epoch"]["train_accuracy"] for result in kept[row].values()]
         right[row] = f"{min(train):.0f} to {max(train):.0f} %"
-    text = "in {jointly} of the stages (random policies: {random policy}, Faster AutoAugment's: {Faster AA, then DARTS})"
+    text = (
+        "in {jointly} of the stages (random policies: {random policy}, Faster AutoAugment's: {Faster AA, then DARTS})"
+    )
     assert text.format(**shares) in RESULTS
     text = "{jointly} of the augmented training images right at the end, with a random policy {random policy}, with"
     assert text.format(**right) + f" Faster AutoAugment's {right['Faster AA, then DARTS']}" in RESULTS

@@ -1,7 +1,7 @@
 """What the parts of DHA cost; the sides take turns, each in its own process. Prints ratios, asserts nothing.
 
-    python tests/benchmarks/dha.py                                  # C=36 L=20 batch 96; on a GPU if there is one
-    python tests/benchmarks/dha.py --channels 16 --layers 8 --rounds 5
+python tests/benchmarks/dha.py                                  # C=36 L=20 batch 96; on a GPU if there is one
+python tests/benchmarks/dha.py --channels 16 --layers 8 --rounds 5
 """
 
 import argparse
@@ -57,7 +57,9 @@ def main():
     if mine.side:
         return one_side(mine)
 
-    print(f"C={mine.channels} L={mine.layers} batch {mine.batch_size}, {timing.machine(mine.gpu)}, {mine.rounds} rounds")
+    print(
+        f"C={mine.channels} L={mine.layers} batch {mine.batch_size}, {timing.machine(mine.gpu)}, {mine.rounds} rounds"
+    )
     seconds, memory = timing.take_turns(__file__, SIDES, mine.rounds)
     for side, what in SIDES.items():
         print(f"{side:7s} {1000 * seconds[side]:9.1f} ms   {memory[side]:5.2f} GiB above idle   {what}")

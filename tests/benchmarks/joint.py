@@ -3,8 +3,8 @@
     python tests/benchmarks/joint.py                                 # C=16 L=8 batch 64; on a GPU if there is one
     python tests/benchmarks/joint.py --channels 8 --layers 5 --batch-size 32
 
-The sides take turns, each time in a fresh process. Prints medians, ratios and the peak memory above that of the idle process;
-asserts nothing.
+The sides take turns, each time in a fresh process. Prints medians, ratios and the peak memory above that of the idle
+process; asserts nothing.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Draw the README's first picture, the three methods side by side: .github/methods.svg.
 
-    python tests/benchmarks/picture.py
+python tests/benchmarks/picture.py
 """
 
 from pathlib import Path
@@ -31,9 +31,7 @@ def arrow(*points: tuple[float, float], colour: str = "#555", dashed: bool = Fal
     )
 
 
-def gradient(
-    y: float, start: float, ends: list[float], colour: str, words: str, at: float, depth: float
-) -> str:
+def gradient(y: float, start: float, ends: list[float], colour: str, words: str, at: float, depth: float) -> str:
     """A gradient's way from the loss at x = start back to what it moves, below boxes that end at y."""
     ways = [[(start, y), (start, y + depth), (end, y + depth), (end, y + 3)] for end in ends]
     drawn = "".join(arrow(*way, colour=colour, dashed=True) for way in ways)

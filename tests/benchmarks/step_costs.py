@@ -6,8 +6,9 @@
     python tests/benchmarks/step_costs.py train       # DARTS_V2 at C=36 L=20 batch 96, as joint trains it
     python tests/benchmarks/step_costs.py imagenet    # dha --preset imagenet, batch 128; or mobilenet
 
-On a CPU one step warms up and the next is timed; on a GPU (--gpu 0) five warm up, and the median of 20 is given. One more is
-profiled. Prints seconds, peak memory above that of the idle process, and the operators that took most of the profiled step.
+On a CPU one step warms up and the next is timed; on a GPU (--gpu 0) five warm up, and the median of 20 is given. One
+more is profiled. Prints seconds, peak memory above that of the idle process, and the operators that took most of the
+profiled step.
 """
 
 import argparse
@@ -96,7 +97,10 @@ def main():
     step, count = steps_of(mine.script, device, mine.amp)
     seconds = timing.time_step(step, device, steps=None if mine.gpu >= 0 else 1)
     memory = timing.peak_memory(device) - idle
-    print(f"{mine.script}, {timing.machine(mine.gpu)}: {seconds:.3f} s per step, {memory:.2f} GiB; a full run has {count:,} steps")
+    print(
+        f"{mine.script}, {timing.machine(mine.gpu)}: {seconds:.3f} s per step, {memory:.2f} GiB; "
+        f"a full run has {count:,} steps"
+    )
 
     activities = [ProfilerActivity.CPU]
     own = "self_cpu_time_total"

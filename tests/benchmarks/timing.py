@@ -41,8 +41,10 @@ def peak_memory(device):
 
 
 def take_turns(file, sides, rounds):
-    """Run `file` with its own flags and --side SIDE for every side in turn, `rounds` times. Every process prints its seconds
-    and its GiB. Returns two dictionaries, side: median."""
+    """Run `file` with its own flags and --side SIDE for every side in turn, `rounds` times.
+
+    Every process prints its seconds and its GiB. Returns two dictionaries, side: median.
+    """
     seconds = {side: [] for side in sides}
     memory = {side: [] for side in sides}
     for _ in range(rounds):
