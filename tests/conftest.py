@@ -1,7 +1,5 @@
 """Paths, markers, and what test_runs.py needs: the three scripts with flags for runs of seconds."""
 
-import gc
-import json
 import os
 import re
 import shutil
@@ -20,12 +18,10 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(2)
 
-import baseline_sequential
-import common
-import dha
-import joint_darts_faa
-
-gc.freeze()  # what is imported stays: `call` collects the rest
+import baseline_sequential  # noqa: E402, after the path
+import common  # noqa: E402
+import dha  # noqa: E402
+import joint_darts_faa  # noqa: E402
 
 
 def pytest_configure(config):
@@ -34,65 +30,59 @@ def pytest_configure(config):
         config.option.markexpr = "not slow"
 
 
+@pytest.fixture(autouse=True)
+def in_its_own_folder(tmp_path, monkeypatch):
+    """No test reads what lies where pytest was started, or writes there."""
+    monkeypatch.chdir(tmp_path)
+
+
 def call(module: ModuleType, *flags) -> int:
     """Run a script in this process; its exit code."""
     try:
-        module.main(list(map(str, flags)))
-        code = 0
+        module.main([str(flag) for flag in flags])
     except SystemExit as stop:
-        code = stop.code or 0
-        if isinstance(code, str):  # Python prints the text and exits with 1
-            print(code, file=sys.stderr)
-            code = 1
-    gc.collect()  # the lock ends with the run's last object
-    return code
+        if isinstance(stop.code, str):  # Python prints the text and exits with 1
+            print(stop.code, file=sys.stderr)
+            return 1
+        return stop.code or 0
+    return 0
 
 
 class Script(NamedTuple):
+    name: str
     module: ModuleType
     short: list[str]  # flags of a short run
     least: list[str]  # after these: of the shortest
-    phases: list[str]  # of the epochs in the run's own checkpoint
+    parts: list[str]  # folders of a baseline's parts
+    phases: list[str]  # of all epochs
     files: list[str]  # that a short run leaves, beside those that all leave
 
     def run(self, *flags) -> int:
         return call(self.module, *self.short, *flags)
 
     def process(self, *flags, launch: str = "", **options) -> subprocess.Popen:
-        command = [sys.executable, "-u", *launch.split(), self.module.__file__, *self.short, *map(str, flags)]
+        """The run in a process and a process group of its own, on one thread."""
+        command = [sys.executable, *launch.split(), self.module.__file__, *self.short, *map(str, flags)]
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **options}
-        return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+        env = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
+        return subprocess.Popen(command, env=env, start_new_session=True, **options)
 
 
 TINY = "--preset quick --gpu -1 --limit-train 16 --batch-size 8 --channels 4 --layers 3 --search-epochs 2"
 SEARCH = "--search-images 8 --search-channels 2 --search-batch-size 4 --sub-policies 2 --train-epochs 2"
 FAA = "--method faa-darts --faa-epochs 3 --faa-images 8 --faa-batch-size 4"
-SCRIPTS = {  # name: (module, flags, flags, phases, files)
+SCRIPTS = {  # name: (module, flags, flags, parts, phases, files)
     "joint": (joint_darts_faa, f"{TINY} {SEARCH}", "--genotype DARTS_V2 --policy none --train-epochs 1",
-              "search search train train", "cells.png selection.png images.png"),
+              "", "search search train train", "curves.png selection.png images.png"),
     "dha": (dha, f"{TINY} --train-epochs 1", "--search-epochs 1 --train-epochs 0",
-            "search search train", "cells.png policy.png support.png"),
-    "baseline": (baseline_sequential, f"{TINY} {SEARCH} {FAA}", "--faa-epochs 1 --genotype DARTS_V2 --train-epochs 1",
-                 "policy policy policy", "darts/cells.png darts/curves.png darts/images.png"),
-    "sequential dha": (baseline_sequential, f"{TINY} --method dha --train-epochs 1", "", "", ""),
+            "", "search search train", "curves.png policy.png"),
+    "faa-darts": (baseline_sequential, f"{TINY} {SEARCH} {FAA}",
+                  "--faa-epochs 1 --genotype DARTS_V2 --train-epochs 1",
+                  "darts", "policy policy policy search search train train", "curves.png darts/images.png"),
+    "sequential dha": (baseline_sequential, f"{TINY} --method dha --train-epochs 1", "--search-epochs 1",
+                       "search train", "search search train", "train/policy.png"),
 }  # fmt: skip
-
-
-class StagesInProcess:
-    """`subprocess` for baseline_sequential: its stages are calls, because a start of Python takes 4 s."""
-
-    CalledProcessError = subprocess.CalledProcessError
-
-    @staticmethod
-    def run(command: list[str], **options) -> subprocess.CompletedProcess | None:
-        scripts = {"dha.py": dha, "joint_darts_faa.py": joint_darts_faa}
-        at = [i for i, word in enumerate(command) if Path(word).name in scripts]  # behind torchrun, perhaps
-        if not at:  # git
-            return subprocess.run(command, **options)
-        assert options == {"check": True}
-        code = call(scripts[Path(command[at[0]]).name], *command[at[0] + 1 :])
-        if code:
-            raise subprocess.CalledProcessError(code, command)
+METHODS = ("joint", "dha")
 
 
 @pytest.fixture(scope="module")
@@ -107,16 +97,14 @@ def data(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture(params=["joint", "dha", "baseline"])
+@pytest.fixture(params=["joint", "dha", "faa-darts"])
 def script(request, data):
-    """A script that runs in this process, its stages too; on one thread, because the networks are tiny."""
-    module, *texts = SCRIPTS[request.param]
-    case, threads = Script(module, *(text.split() for text in texts)), torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(baseline_sequential, "subprocess", StagesInProcess())
-        torch.set_num_threads(1)
-        yield case._replace(short=[*case.short, "--dataset", "folder", "--data-dir", str(data)])
-        torch.set_num_threads(threads)
+    """A script, for runs in this process: on one thread, because the networks are tiny."""
+    name, (module, *texts) = request.param, SCRIPTS[request.param]
+    case, threads = Script(name, module, *(text.split() for text in texts)), torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield case._replace(short=[*case.short, "--dataset", "folder", "--data-dir", str(data)])
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +116,10 @@ def runs(tmp_path_factory) -> Path:
 @pytest.fixture
 def done(script, runs) -> Path:
     """The directory of a finished short run, with figures; nothing may change it."""
-    out = runs / script.module.__name__
+    out = runs / script.name
     if not out.exists():
         with pytest.MonkeyPatch.context() as patch:
-            for module in (baseline_sequential, dha, joint_darts_faa):
+            for module in (dha, joint_darts_faa):
                 patch.setattr(module, "Figure", matplotlib.figure.Figure)
             assert script.run("--out", out) == 0
     return out
@@ -139,23 +127,20 @@ def done(script, runs) -> Path:
 
 @pytest.fixture
 def copy(script, done, tmp_path) -> Path:
-    """A copy of the finished run, as if made there, without the last file that the script itself writes."""
+    """A copy of the finished run that lacks what the script writes last, and so has to be gone on with."""
     out = tmp_path / "copy"
     shutil.copytree(done, out)
-    for path in out.rglob("config.json"):
-        path.write_text(path.read_text().replace(str(done), str(out)))
-    for name in ["result.json"] + ["policy.json"] * (script.module is baseline_sequential):
-        (out / name).unlink()
+    (out / "result.json").unlink()
     return out
 
 
 @pytest.fixture
 def one_line(capsys):
-    """A function: the only line of the error output, progress bars and argparse's usage aside; it must be an error."""
+    """A function: the only line of the error output, argparse's usage aside; it must be an error."""
 
     def read() -> str:
         said = capsys.readouterr().err
-        lines = [x for x in re.split(r"[\r\n]+", said) if x.strip() and not re.search(r"%\|.*\]$", x)]
+        lines = [line for line in said.splitlines() if line.strip()]
         if len(lines) == 2 and lines[0].startswith("usage: "):
             assert re.match(r"\S.*: error: ", lines.pop()), said
             return said.splitlines()[-1]
@@ -172,8 +157,9 @@ def broken(tmp_path_factory) -> Path:
     cell = [("sep_conv_3x3", i % 2) for i in range(8)]
     common.save_genotype(common.Genotype(cell[:6], [2, 3, 4], cell[:6], [2, 3, 4]), root / "nodes3.json")
     common.save_genotype(common.Genotype(cell, [3, 4, 5], cell, [2, 3, 4, 5]), root / "concat.json")
-    policy = joint_darts_faa.Policy(2, 2).table()
-    (root / "policy.json").write_text(json.dumps(policy | {"p": [[[2.0] * 16] * 2] * 2}))
+    content = joint_darts_faa.Policy(2, 2).as_dict() | {"p": [[[2.0] * 16] * 2] * 2}
+    joint_darts_faa.save(root / "policy.json", content)
+    joint_darts_faa.save(root / "dha.json", {"operations": [], "probability": [[1.0]]})
     (root / "damaged.json").write_text('{"normal": [["sep_conv_9x9", 0]]}')
     (root / "file").write_text("a file")
     (root / "empty" / "train").mkdir(parents=True)

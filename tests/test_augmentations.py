@@ -144,6 +144,11 @@ def test_smoothing_of_sharpness_is_written_out():
     torch.testing.assert_close(out, want, rtol=0, atol=1e-12)
 
 
+def transformed(array, name, value):
+    image = _apply_op(Image.fromarray(array), name, value, InterpolationMode.BILINEAR, None)
+    return np.asarray(image).astype(float)
+
+
 def shrink(mask):
     """Without the pixels that touch one outside the mask, or the edge of the image. (H, W) bool."""
     padded, (H, W) = np.pad(mask, 1), mask.shape
@@ -165,8 +170,7 @@ def test_affine_equals_torchvision_inside_and_is_zero_outside(name, size):
     arrays = pictures(size)
     got = AUGMENTATIONS[name](to_tensor(arrays), torch.tensor(magnitudes)).permute(0, 2, 3, 1).numpy() * 255
     for array, value, levels in zip(arrays, values, got):
-        turned = lambda x: _apply_op(Image.fromarray(x), name, value, InterpolationMode.BILINEAR, None)
-        want, white = (np.asarray(turned(x)).astype(float) for x in (array, np.full_like(array, 255)))
+        want, white = (transformed(x, name, value) for x in (array, np.full_like(array, 255)))
         inside, outside = shrink(white[..., 0] == 255), shrink(white[..., 0] == 0)
         assert inside.mean() > 0.3
         assert np.abs(levels - want)[inside].max() <= 2, value
@@ -194,6 +198,7 @@ def test_affine_directions(name):
 
 
 # -------- What holds for every operation --------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != "SamplePairing"])
 def test_each_image_has_its_own_magnitude(name):
@@ -236,6 +241,14 @@ def test_range_shape_dtype_and_no_side_effects(name, dtype):
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_gray_images_may_have_one_channel(name):
+    images, magnitude = uniform(4, 1, 9, 7), random_magnitude(name, 4)
+    out = AUGMENTATIONS[name](images, magnitude)
+    want = AUGMENTATIONS[name](images.expand(-1, 3, -1, -1), magnitude)
+    torch.testing.assert_close(out, want[:, :1], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_memory_layout_does_not_matter(name):
     images, magnitude = uniform(4, 3, 8, 6), random_magnitude(name, 4)
     channels_last = images.contiguous(memory_format=torch.channels_last)
@@ -245,6 +258,7 @@ def test_memory_layout_does_not_matter(name):
 
 
 # -------- Gradients -----------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", [*AFFINE, *BLENDS, "SamplePairing"])
 def test_gradients_equal_finite_differences(name):
@@ -308,6 +322,7 @@ def test_pixels_at_the_ends_of_the_range_keep_their_gradient(name):
 
 # -------- A batch in which every image has its own operation, or none ---------------------------------------
 
+
 @pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("script", [dha, joint], ids=["dha", "joint"])
 def test_apply_each_is_the_named_operation_on_each_image(script, device):
@@ -325,7 +340,7 @@ def test_apply_each_is_the_named_operation_on_each_image(script, device):
         few = [i, (i + 1) % len(images)]  # the next one too, which SamplePairing wants
         m = magnitude[few] if names[k] in SIGNED else magnitude[few].abs()  # the others never see a sign
         want = AUGMENTATIONS[names[k]](images[few], m)[0]
-        torch.testing.assert_close(out[i], want, rtol=0, atol=2e-6, msg=lambda text: f"{names[k]}: {text}")
+        torch.testing.assert_close(out[i], want, rtol=0, atol=2e-6, msg=names[k])
 
 
 def test_apply_each_on_few_images():

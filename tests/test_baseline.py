@@ -1,12 +1,10 @@
-"""baseline_sequential.py: network, penalty, steps, stages, comparison; and what the three scripts share."""
+"""baseline_sequential.py: network, penalty, steps, its parts, comparison; and what the three scripts share."""
 
 import argparse
 import inspect
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -18,9 +16,10 @@ import baseline_sequential as baseline
 import common
 import dha
 import joint_darts_faa as joint
+from conftest import call
 
 CPU = torch.device("cpu")
-SCRIPTS = {"dha.py": dha, "joint_darts_faa.py": joint, "baseline_sequential.py": baseline}
+SCRIPTS = (dha, joint, baseline)
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +32,7 @@ def seeded_on_one_thread():  # networks are tiny, and two threads beside other p
 
 
 def small(*flags):
-    start = "--method faa-darts --preset quick --gpu -1 --out no-such-run".split()
+    start = "--method faa-darts --preset quick --gpu -1".split()
     return baseline.parse_args(start + [str(x) for x in flags])
 
 
@@ -47,6 +46,7 @@ def halves(data):
 
 
 # -------- The network and the penalty -----------------------------------------------------------------------
+
 
 def test_wide_resnet_has_the_published_size_and_two_heads():
     net = baseline.WideResNet(10, 40, 2)
@@ -63,15 +63,23 @@ def test_wide_resnet_has_the_published_size_and_two_heads():
         assert logits.shape == (3, 7) and value.shape == (3,)
 
 
-def test_gradient_penalty_of_a_quadratic_critic():
+@pytest.mark.parametrize("norm", ["pixel", "image"])
+def test_gradient_penalty_of_a_quadratic_critic(norm):
     """critic(x) = x^T A x / 2 has the gradient (A + A^T) x / 2: everything can be written out."""
     real, augmented = torch.randn(2, 4, 3, 2, 2, dtype=torch.float64)
     share = torch.rand(4, dtype=torch.float64)
     A = torch.randn(12, 12, dtype=torch.float64, requires_grad=True)
-    critic = lambda x: 0.5 * ((x.flatten(1) @ A) * x.flatten(1)).sum(1)
-    between = share[:, None] * real.flatten(1) + (1 - share)[:, None] * augmented.flatten(1)
-    expected = (((between @ (A + A.T) / 2).square().sum(1).sqrt() - 1) ** 2).mean()
-    mine = baseline.gradient_penalty(critic, real, augmented, share)
+
+    def critic(x):
+        return 0.5 * ((x.flatten(1) @ A) * x.flatten(1)).sum(1)
+
+    terms = []
+    for t, x, y in zip(share, real, augmented):
+        gradient = (t * x + (1 - t) * y).flatten() @ (A + A.T) / 2  # channel by channel, 4 pixels each
+        parts = [gradient] if norm == "image" else [gradient[pixel::4] for pixel in range(4)]
+        terms += [(part.square().sum().sqrt() - 1) ** 2 for part in parts]
+    expected = torch.stack(terms).mean()
+    mine = baseline.gradient_penalty(critic, real, augmented, share, norm)
     assert torch.allclose(mine, expected, rtol=1e-12)
     assert torch.allclose(*(torch.autograd.grad(v, A)[0] for v in (mine, expected)), rtol=1e-10)
 
@@ -82,7 +90,10 @@ def test_second_derivative_of_the_penalty_by_finite_differences():
     real, augmented = torch.rand(2, 4, 3, 8, 8, dtype=torch.float64)
     share = torch.rand(4, dtype=torch.float64)
     params = [p for name, p in net.named_parameters() if not name.startswith("classifier")]
-    penalty = lambda: baseline.gradient_penalty(lambda x: net(x)[1], real, augmented, share)
+
+    def penalty():
+        return baseline.gradient_penalty(lambda x: net(x)[1], real, augmented, share)
+
     found = torch.autograd.grad(penalty(), params, allow_unused=True)
     gradient = [torch.zeros_like(p) if g is None else g for p, g in zip(params, found)]  # a last bias: None
     direction, values = [torch.randn_like(p) for p in params], []
@@ -96,11 +107,17 @@ def test_second_derivative_of_the_penalty_by_finite_differences():
 
 # -------- Faster AutoAugment --------------------------------------------------------------------------------
 
+
 def test_a_step_moves_only_its_own():
     data = few_images()
-    s, (first, second) = baseline.PolicySearch(small(), data, CPU), halves(data)
-    copy = lambda module: [p.detach().clone() for p in module.parameters()]
-    changed = lambda module, old: [not torch.equal(p, q) for p, q in zip(module.parameters(), old)]
+    s, (first, second) = baseline.PolicySearch(small(), 10, CPU), halves(data)
+
+    def copy(module):
+        return [p.detach().clone() for p in module.parameters()]
+
+    def changed(module, old):
+        return [not torch.equal(p, q) for p, q in zip(module.parameters(), old)]
+
     net, policy = copy(s.net), copy(s.policy)
     baseline.critic_step(s, *first, second[0], small())
     assert not any(changed(s.policy, policy)) and all(p.grad is None for p in s.policy.parameters())
@@ -112,25 +129,29 @@ def test_a_step_moves_only_its_own():
     assert all(0 <= v.min() and v.max() <= 1 for v in (s.policy.p, s.policy.mu))
 
 
-def test_steps_follow_the_written_out_losses():
-    data, args = few_images(), small("--class-weight", 0.3, "--critic-weight", 0.7, "--penalty", 5)
+@pytest.mark.parametrize("norm", ["pixel", "image"])
+def test_steps_follow_the_written_out_losses(norm):
+    flags = f"--class-weight 0.3 --critic-weight 0.7 --penalty 5 --penalty-norm {norm}"
+    data, args = few_images(), small(*flags.split())
     args.faa_lr = args.policy_lr = 0.0  # so that the parameters stay where the gradients were
-    s, ((real, labels), (other, others)) = baseline.PolicySearch(args, data, CPU), halves(data)
+    s, ((real, labels), (other, others)) = baseline.PolicySearch(args, 10, CPU), halves(data)
     for group in (*s.net_optimizer.param_groups, *s.policy_optimizer.param_groups):
         assert group["betas"] == (0.0, 0.999)
-    normal = lambda x: (x - s.mean.view(1, 3, 1, 1)) / s.std.view(1, 3, 1, 1)
+
+    def stretched(x):  # the network sees [-1, 1]
+        return (x - 0.5) / 0.5
 
     torch.manual_seed(7)
     measured = baseline.critic_step(s, real, labels, other, args).tolist()
     mine = [p.grad.clone() for p in s.net.parameters()]
     torch.manual_seed(7)
     with torch.no_grad():
-        augmented = normal(s.policy(other))
-    logits, value = s.net(normal(real))
+        augmented = stretched(s.policy(other))
+    logits, value = s.net(stretched(real))
     fake, t = s.net(augmented)[1], torch.rand(8).view(-1, 1, 1, 1)
-    x = (t * normal(real) + (1 - t) * augmented).requires_grad_(True)
+    x = (t * stretched(real) + (1 - t) * augmented).requires_grad_(True)
     (slope,) = torch.autograd.grad(s.net(x)[1].sum(), x, create_graph=True)
-    penalty = ((slope.square().sum((1, 2, 3)).sqrt() - 1) ** 2).mean()
+    penalty = ((slope.square().sum(1 if norm == "pixel" else (1, 2, 3)).sqrt() - 1) ** 2).mean()
     class_loss = F.cross_entropy(logits, labels)
     loss = 0.7 * (fake.mean() - value.mean() + 5.0 * penalty) + 0.3 * class_loss
     expected = torch.autograd.grad(loss, list(s.net.parameters()), allow_unused=True)
@@ -144,7 +165,7 @@ def test_steps_follow_the_written_out_losses():
     measured = baseline.policy_step(s, other, others, args).tolist()
     mine = [p.grad.clone() for p in s.policy.parameters()]
     torch.manual_seed(8)
-    logits, value = s.net(normal(s.policy(other)))
+    logits, value = s.net(stretched(s.policy(other)))
     class_loss = F.cross_entropy(logits, others)
     loss = -0.7 * value.mean() + 0.3 * class_loss
     for p, q in zip(mine, torch.autograd.grad(loss, list(s.policy.parameters()))):
@@ -153,134 +174,79 @@ def test_steps_follow_the_written_out_losses():
     assert measured == pytest.approx([v.item() for v in wanted], abs=1e-5, rel=1e-4)
 
 
-def test_search_goes_on_bit_for_bit(tmp_path):
-    data, tables = few_images(), {}
-    for name, stops in (("whole", [3]), ("cut", [1, 2, 3])):
-        for epochs in stops:
-            flags = "--faa-images 32 --faa-batch-size 16 --sub-policies 2 --faa-epochs".split()
-            args = small(*flags, epochs)
-            args.out = str(tmp_path / name)
-            directory = baseline.RunDirectory(args, CPU)
-            tables[name] = baseline.search_policy(args, data, CPU, directory).table()
-            directory.log.close()
-    assert tables["whole"] == tables["cut"]
-    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in tables]
-    assert logs[0] == logs[1] and logs[0].count("\n") == 3
-    last = json.loads(logs[0].splitlines()[-1])
-    assert sum(last["selection"].values()) == pytest.approx(1, abs=1e-4)
-    assert last.keys() >= set(baseline.MEASURED)
+# -------- The parts ------------------------------------------------------------------------------------------
 
-
-# -------- The stages ----------------------------------------------------------------------------------------
-
-GIVEN = "--channels 6 --layers 3 --batch-size 4 --lr 0.03 --train-epochs 7 --search-epochs 2".split()
-OWN = "--seed 5 --limit-train 30 --limit-test 20 --image-size 30 --workers 2 --data-dir elsewhere".split()
+GIVEN = "--channels 6 --layers 3 --batch-size 4 --lr 0.03 --train-epochs 7 --search-epochs 2 --limit-train 30"
+GIVEN += " --limit-test 20 --image-size 30 --workers 2 --data-dir elsewhere"
 
 
 @pytest.mark.parametrize("method", ["faa-darts", "darts", "dha"])
-def test_stages_get_the_flags_that_they_are_handed(method, tmp_path):
-    flags = ["--method", method, "--preset", "quick", "--gpu", "0", "--amp", "--out", str(tmp_path / "run")]
-    args = baseline.parse_args([*flags, *OWN, *GIVEN])
-    assert args.rest == GIVEN
-    commands = baseline.commands(args)
-    assert list(commands) == (["search", "train"] if method == "dha" else ["darts"])
-    for name, (script, *rest) in commands.items():
-        assert Path(script).parent == Path(baseline.__file__).parent
-        stage = SCRIPTS[Path(script).name].parse_args(rest)
-        for flag in "preset dataset gpu amp seed limit_train limit_test image_size workers data_dir".split():
-            assert getattr(stage, flag) == getattr(args, flag), flag
-        assert (stage.channels, stage.layers, stage.batch_size, stage.lr) == (6, 3, 4, 0.03)
-        assert stage.search_epochs == 2 and stage.out == str(tmp_path / "run" / name)
-        assert stage.resume and not stage.check
-        if method == "dha":
-            assert (stage.no_da, stage.no_hpo) == (name == "search",) * 2
-            genotype = str(tmp_path / "run" / "search" / "genotype.json")
-            assert stage.genotype == (genotype if name == "train" else None)
-            assert stage.train_epochs == (0 if name == "search" else 7)
-        else:
-            policy = "none" if method == "darts" else str(tmp_path / "run" / "policy.json")
-            assert stage.policy == policy and stage.genotype is None and stage.train_epochs == 7
+def test_parts_get_the_flags_that_they_are_handed(method, tmp_path):
+    """Those of the command, and the baseline's own where they have them; else their defaults for the preset."""
+    flags = ["--method", method, "--preset", "quick", "--seed", "5", "--out", str(tmp_path / "run"), *GIVEN.split()]
+    args = baseline.parse_args(flags)
+    assert args.rest == GIVEN.split()
+    assert list(args.parts) == (["search", "train"] if method == "dha" else ["darts"])
+    own = {  # beyond --out
+        "search": {"no_da": True, "no_hpo": True, "train_epochs": 0},
+        "train": {"genotype": str(tmp_path / "run" / "search" / "genotype.json")},
+        "darts": {"policy": "none" if method == "darts" else str(tmp_path / "run" / "policy.json")},
+    }
+    script = dha if method == "dha" else joint
+    alone = vars(script.parse_args(["--preset", "quick", "--seed", "5", *GIVEN.split()]))
+    for name, part in args.parts.items():
+        changed = {flag: value for flag, value in vars(part).items() if value != alone[flag]}
+        assert changed == own[name] | {"out": str(tmp_path / "run" / name)}
 
 
-class Stages:
-    """`subprocess` for a baseline: notes the commands, of which the one with `failing` in it ends with 2."""
+@pytest.mark.parametrize("method", ["faa-darts", "darts", "dha"])
+def test_parts_are_run_one_after_the_other_and_their_costs_add_up(method, tmp_path, monkeypatch):
+    """What they share is theirs: here they only note that they were called, and leave files."""
+    out, called = tmp_path / "run", []
+    costs = {"epochs": 2, "search_epochs": 1, "seconds": 3.0, "search_seconds": 2.0, "gpu_hours": 0.5}
 
-    def __init__(self, monkeypatch, failing="nothing"):
-        self.commands, self.failing = [], failing
-        self.CalledProcessError = subprocess.CalledProcessError
-        monkeypatch.setattr(baseline, "subprocess", self)
+    def run(part, device):
+        folder = Path(part.out)
+        called.append(folder.name)
+        handed = part.genotype if method == "dha" else part.policy
+        assert handed in (None, "none") or Path(handed).exists()
+        joint.save(folder / "result.json", {"test_accuracy": 90.0, "method": folder.name, **costs})
+        joint.save(folder / "metrics.jsonl", [{"epoch": 1}])
+        (folder / "genotype.json").write_text(folder.name)
 
-    def run(self, command, capture_output=False, **kwargs):
-        if command[0] == "git":
-            return subprocess.CompletedProcess(command, 0, "", "")
-        assert kwargs == {"check": True}
-        self.commands.append(command)
-        if self.failing in command:
-            raise subprocess.CalledProcessError(2, command)
-        if "--check" not in command:
-            out = Path(command[command.index("--out") + 1])
-            out.mkdir(parents=True)
-            result = {"test_accuracy": 90.0, "method": out.name, "seed": 0, **COSTS}
-            (out / "result.json").write_text(json.dumps(result))
-            (out / "metrics.jsonl").write_text('{"epoch": 1}\n')
-            (out / "genotype.json").write_text(out.name)
-
-
-COSTS = {"epochs": 2, "search_epochs": 1, "seconds": 3.0, "search_seconds": 2.0, "gpu_hours": 0.5}
-
-
-def sequential(tmp_path, *flags):
-    """Sequential DHA: what its process would end with, None for a good end."""
-    try:
-        baseline.main(["--method", "dha", "--preset", "quick", "--gpu", "-1", "--out", str(tmp_path / "run"), *flags])
-    except SystemExit as end:
-        return end.code
-
-
-def test_all_stages_check_their_flags_before_the_first_one_starts(tmp_path, monkeypatch):
-    stages = Stages(monkeypatch, "--unknown")
-    assert sequential(tmp_path, "--unknown", "3") == 2
-    assert len(stages.commands) == 1 and "--check" in stages.commands[0]
-    assert not (tmp_path / "run").exists()
-    stages = Stages(monkeypatch)
-    assert sequential(tmp_path, "--check") is None
-    assert [command[-1] for command in stages.commands] == ["--check"] * 2 and not (tmp_path / "run").exists()
-
-
-def test_stages_run_one_after_the_other_and_their_costs_add_up(tmp_path, monkeypatch):
-    stages = Stages(monkeypatch)
-    assert sequential(tmp_path, "--processes", "3") is None
-    out = tmp_path / "run"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
-    assert [command[:6] for command in stages.commands] == [[*launcher, dha.__file__]] * 4  # two of them are checks
-    assert [command[-1] for command in stages.commands[:2]] == ["--check"] * 2
-    result = json.loads((out / "result.json").read_text())
-    assert result["method"] == "Sequential DHA" and result["test_accuracy"] == 90
-    assert {name: result[name] for name in COSTS} == {name: 2 * value for name, value in COSTS.items()}
-    assert (out / "genotype.json").read_text() == "train"
+    for module, name in ((dha, "dha"), (joint, "joint")):
+        monkeypatch.setattr(module, f"run_{name}", run)
+        monkeypatch.setattr(module, f"prepare_{name}", lambda args, device: (few_images(), None))
+    monkeypatch.setattr(joint, "Figure", None)
+    search = "--faa-epochs 1 --faa-images 8 --faa-batch-size 4".split() if method == "faa-darts" else []
+    baseline.main(["--method", method, "--preset", "quick", "--gpu", "-1", "--out", str(out), *search])
+    assert called == (["search", "train"] if method == "dha" else ["darts"])
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [{"stage": "search", "epoch": 1}, {"stage": "train", "epoch": 1}]
-
-
-BAD = ["--policy none", "--policy=none", "--search-only", "--faa-batch-size 5", "--depth 11"]
-
-
-@pytest.mark.parametrize("flags", BAD)
-def test_flags_that_no_baseline_can_have(flags, capsys):
-    with pytest.raises(SystemExit) as end:
-        small(*flags.split())
-    assert end.value.code == 2 and "error: " in capsys.readouterr().err.splitlines()[-1]
+    own = len(lines) - len(called)
+    assert own == bool(search) == (out / "policy.json").exists()
+    assert lines[own:] == [{"stage": name, "epoch": 1} for name in called]
+    result = json.loads((out / "result.json").read_text())
+    seconds = lines[0]["seconds"] if search else 0
+    wanted = {name: len(called) * value for name, value in costs.items()}
+    wanted |= {name: wanted[name] + own for name in ("epochs", "search_epochs")}
+    wanted |= {name: wanted[name] + seconds for name in ("seconds", "search_seconds")}
+    assert {name: result[name] for name in costs} == pytest.approx(wanted)
+    assert result["test_accuracy"] == 90 and (out / "genotype.json").read_text() == called[-1]
+    assert result["method"] == {"faa-darts": "Faster AA, then DARTS", "darts": "DARTS", "dha": "Sequential DHA"}[method]
 
 
 # -------- --compare -----------------------------------------------------------------------------------------
 
-def fake_run(folder: Path, script: str, command: str, accuracy: float, method: str = "DHA", **changes) -> str:
-    args = vars(SCRIPTS[script].parse_args([*command.split(), "--out", str(folder)]))
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"script": script, "args": args}))
+
+def fake_run(folder: Path, script: ModuleType, command: str, accuracy: float, method: str = "DHA", **changes) -> str:
+    """What --compare reads of a run with this command line."""
+    args = script.parse_args([*command.split(), "--out", str(folder)])
+    for part in (args, *vars(args).pop("parts", {}).values()):
+        Path(part.out).mkdir(parents=True)
+        joint.save(Path(part.out) / "config.json", {"args": vars(part)})
     result = {"test_accuracy": accuracy, "params": 3_300_000, "gpu_hours": 8.0, "search_seconds": 1800.0}
-    result |= {"dataset": args["dataset"], "seed": args["seed"], "method": method}
-    (folder / "result.json").write_text(json.dumps(result | changes))
+    result |= {"dataset": args.dataset, "seed": args.seed, "method": method}
+    joint.save(folder / "result.json", result | changes)
     return str(folder)
 
 
@@ -291,10 +257,10 @@ def rows_of(table: str) -> list[list[str]]:
 
 
 def test_compare_prints_mean_and_std(tmp_path):
-    runs = [fake_run(tmp_path / "d", "joint_darts_faa.py", "--policy none --dataset cifar100", 80.0, "DARTS")]
+    runs = [fake_run(tmp_path / "d", joint, "--policy none --dataset cifar100", 80.0, "DARTS")]
     for seed, accuracy in enumerate((97.0, 97.3, 97.9)):
         command = f"--method faa-darts --seed {seed}"
-        runs.append(fake_run(tmp_path / f"b{seed}", "baseline_sequential.py", command, accuracy, "Sequential"))
+        runs.append(fake_run(tmp_path / f"b{seed}", baseline, command, accuracy, "Sequential"))
     std = math.sqrt(sum((a - 97.4) ** 2 for a in (97.0, 97.3, 97.9)) / 2)
     assert rows_of(baseline.compare(runs)) == [
         ["Sequential", "cifar10", "3", f"97.40 ± {std:.2f}", "3.3 M", "0.50", "8.00", ""],
@@ -302,49 +268,51 @@ def test_compare_prints_mean_and_std(tmp_path):
     ]
 
 
-def test_compare_keeps_different_settings_apart_and_names_them(tmp_path):
-    runs = [
-        fake_run(tmp_path / "a", "dha.py", "--seed 1", 90.0),
-        fake_run(tmp_path / "b", "dha.py", "--seed 2 --gpu 0 --workers 2 --data-dir elsewhere", 92.0),
-        fake_run(tmp_path / "c", "dha.py", "--seed 3 --channels 18 --lr 0.05", 80.0),
-        fake_run(tmp_path / "d", "dha.py", "--dataset folder --data-dir cats", 70.0),
-        fake_run(tmp_path / "e", "dha.py", "--dataset folder --data-dir dogs --seed 1", 50.0),
-    ]
-    rows = {(row[1], row[2], row[3]): row[7] for row in rows_of(baseline.compare(runs))}
-    assert rows == {
-        ("cifar10", "2", "91.00 ± 1.41"): "channels 36, lr 0.025",
-        ("cifar10", "1", "80.00"): "channels 18, lr 0.05",
-        ("folder", "1", "70.00"): "data_dir cats",
-        ("folder", "1", "50.00"): "data_dir dogs",
-    }
+QUICK, FOLDER = "--preset quick", "--dataset folder"
+SPLITS = [  # flags of two runs of one row, then of another row; the settings that are named
+    (dha, f"{QUICK} --gpu 0", f"{QUICK} --lr 5e-2 --workers 2", f"{QUICK} --lr 0.01", "lr 0.05", "lr 0.01"),
+    (dha, "--dataset shapes", "--dataset shapes --data-dir x", "--dataset shapes --lr 1e-2", "lr 0.025", "lr 0.01"),
+    (dha, FOLDER, f"{FOLDER} --amp", f"{FOLDER} --data-dir dogs", "data_dir data", "data_dir dogs"),
+    (joint, QUICK, f"{QUICK} --data-dir x", f"{QUICK} --policy none", "policy None", "policy none"),
+    (baseline, "--method dha --gpu 0 --lr 0.01", "--method dha --gpu 1 --lr=1e-2", "--method dha",
+     "lr 0.01", "lr 0.025"),
+    (baseline, f"--method darts {FOLDER}", f"--method darts {FOLDER} --preset paper",
+     f"--method darts {FOLDER} --data-dir dogs", "data_dir data", "data_dir dogs"),
+    (baseline, "--method faa-darts", "--method faa-darts --workers 0", "--method faa-darts --penalty 1",
+     "penalty 10.0", "penalty 1.0"),
+]  # fmt: skip
 
 
-def test_compare_counts_a_run_once_and_passes_over_the_unfinished(tmp_path, capsys, monkeypatch):
-    run = fake_run(tmp_path / "a", "dha.py", "--seed 1", 90.0)
-    fake_run(tmp_path / "b", "dha.py", "--seed 1", 80.0)
-    (Path(fake_run(tmp_path / "c", "dha.py", "--seed 3", 10.0)) / "result.json").unlink()
-    search = Path(fake_run(tmp_path / "s", "dha.py", "--train-epochs 0", 0.0))
-    result = json.loads((search / "result.json").read_text())
-    del result["test_accuracy"]
-    (search / "result.json").write_text(json.dumps(result))
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path)
-    several = [run, run, "a", str(tmp_path / "b" / ".." / "a"), "c", "empty", "s"]
+@pytest.mark.parametrize("script, one, same, other, first, second", SPLITS)
+def test_compare_keeps_different_settings_apart_and_names_them(script, one, same, other, first, second, tmp_path):
+    runs = [fake_run(tmp_path / "0", script, one, 90.0)]
+    runs.append(fake_run(tmp_path / "1", script, f"{same} --seed 1", 92.0))
+    runs.append(fake_run(tmp_path / "2", script, f"{other} --seed 2", 80.0))
+    assert {row[3]: row[7] for row in rows_of(baseline.compare(runs))} == {"91.00 ± 1.41": first, "80.00": second}
+
+
+def test_compare_counts_a_run_once(tmp_path):
+    run, copy = (fake_run(tmp_path / name, dha, "--seed 1", accuracy) for name, accuracy in (("a", 90.0), ("b", 80.0)))
+    several = [run, run, "a", str(tmp_path / "b" / ".." / "a")]
     assert [row[2:4] for row in rows_of(baseline.compare(several))] == [["1", "90.00"]]
-    said = capsys.readouterr().out
-    assert "s was a search only" in said and "c is not a finished run" in said and "empty is not a finished run" in said
-    assert [row[2:4] for row in rows_of(baseline.compare(["a", "b"]))] == [["2", "85.00 ± 7.07"]]
+    assert [row[2:4] for row in rows_of(baseline.compare([run, copy]))] == [["2", "85.00 ± 7.07"]]
+
+
+def replace(name: str, old: str, new: str):
+    return lambda run: (run / name).write_text((run / name).read_text().replace(old, new))
 
 
 DAMAGE = {
-    "no folder": lambda run: shutil.rmtree(run),
+    "no folder": shutil.rmtree,
     "a file": lambda run: (shutil.rmtree(run), run.write_text("a file")),
     "no result": lambda run: (run / "result.json").unlink(),
+    "no config": lambda run: (run / "config.json").unlink(),
     "cut off": lambda run: (run / "result.json").write_text("{"),
     "a list": lambda run: (run / "result.json").write_text("[]"),
-    "a word": lambda run: (run / "result.json").write_text('{"test_accuracy": "high"}'),
-    "not a number": lambda run: (run / "result.json").write_text(
-        (run / "result.json").read_text().replace("8.0", '"long"')),
+    "a search only": replace("result.json", "test_accuracy", "other"),
+    "a word": replace("result.json", "90.0", '"high"'),
+    "not a number": replace("result.json", "8.0", '"long"'),
+    "not text": lambda run: (run / "result.json").write_bytes(b"\xff\0"),
     "no args": lambda run: (run / "config.json").write_text("{}"),
     "list of args": lambda run: (run / "config.json").write_text('{"args": []}'),
     "config a list": lambda run: (run / "config.json").write_text("[]"),
@@ -352,22 +320,18 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_compare_says_what_is_wrong(tmp_path, kind):
-    run = fake_run(tmp_path / "a", "dha.py", "--seed 1", 90.0)
+def test_compare_leaves_out_what_is_no_finished_run(tmp_path, kind, capsys, one_line):
+    """With a note. If nothing is left, that is an error."""
+    run, other = (fake_run(tmp_path / name, dha, "", 90.0) for name in "ab")
     DAMAGE[kind](Path(run))
-    with pytest.raises(common.InputError) as error:
-        baseline.compare([run])
-    assert "\n" not in str(error.value)
+    assert call(baseline, "--compare", run, other) == 0
+    note, *table = capsys.readouterr().out.splitlines()
+    assert note.startswith(f"note: {run} is left out") and len(rows_of("\n".join(table))) == 1
+    assert call(baseline, "--compare", run) == 2
+    assert "no finished run" in one_line()
 
 
 # -------- What the scripts share ----------------------------------------------------------------------------
-
-def test_policies_are_interchangeable(tmp_path):
-    policy = baseline.Policy(4, 3)
-    baseline.save(tmp_path / "policy.json", policy.table())
-    again = joint.load_policy(tmp_path / "policy.json")
-    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), again.parameters(), strict=True))
-    assert list(baseline.AUGMENTATIONS) == list(joint.AUGMENTATIONS)
 
 
 def flags_of(script, monkeypatch):
@@ -380,7 +344,8 @@ def flags_of(script, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_known_args", note)
-        script.parse_args(["--out", "no-such-run"] + ["--method", "darts"] * (script is baseline))
+        patch.setattr(baseline, "parts", lambda *args: {})  # which have flags of their own
+        script.parse_args(["--method", "darts"] if script is baseline else [])
     del found["help"]
     return found
 
@@ -397,63 +362,85 @@ def kind(action):
 
 
 def test_a_flag_is_the_same_in_every_script_that_has_it(monkeypatch):
-    of = [flags_of(script, monkeypatch) for script in SCRIPTS.values()]
-    everywhere = set(of[0]) & set(of[1]) & set(of[2])
-    assert len(everywhere) == 14
+    of = [flags_of(script, monkeypatch) for script in SCRIPTS]
     names = [name for name in sorted(set().union(*of)) if sum(name in flags for flags in of) > 1]
-    assert len(names) > 30
+    assert len(names) > 25
     for name in names:
         first, *others = [flags[name] for flags in of if name in flags]
         for other in others:
-            for what in ("option_strings", "nargs", "const", "choices", "metavar"):
+            for what in ("option_strings", "nargs", "const", "metavar", *(["choices"] if name != "preset" else [])):
                 assert getattr(first, what) == getattr(other, what), (name, what)
             assert kind(first) == kind(other), name
-            if name in everywhere:
-                assert (first.default, first.help) == (other.default, other.help), name
     for flags in of:
         assert all(action.help for action in flags.values())
 
 
 def test_the_first_flags_are_the_same_in_all_scripts_to_the_letter():
     groups = []
-    for script in SCRIPTS.values():
+    for script in SCRIPTS:
         lines = inspect.getsource(script.parse_args).splitlines()
         first = next(i for i, line in enumerate(lines) if "what to run, on what" in line)
         groups.append(lines[first : lines.index("", first)])
-    assert groups[0] == groups[1] == groups[2] and len(groups[0]) == 15
+    assert groups[0] == groups[1] and len(groups[0]) == 13
+    assert len(set(groups[2]) & set(groups[0])) == len(groups[2]) - 2  # all but --method and --compare
 
 
 LIBRARIES = "import torch, math, torch.nn as nn, torch.nn.functional as F; from torch import Tensor"
 PASTED = {  # what is taken, its own imports, and a use in a few lines
-    "ista": (dha, "soft_threshold active_set_step ista", "", """
+    "ista": (
+        dha,
+        "soft_threshold active_set_step ista",
+        "",
+        """
 A, b = torch.rand(3, 7, 14), torch.randn(3, 7)
 alpha = ista(A, b, 1e-3)
 slope = ((b - (A @ alpha.unsqueeze(2)).squeeze(2)).unsqueeze(1) @ A).squeeze(1)
 assert alpha.shape == (3, 14) and (alpha == 0).any() and slope.abs().max() < 1.01e-3
-"""),
-    "an augmentation": (joint, "into_range pixel_centers sample_at rotate", "", """
+""",
+    ),
+    "an augmentation": (
+        joint,
+        "into_range pixel_centers sample_at rotate",
+        "",
+        """
 images = torch.rand(2, 3, 8, 8)
 assert torch.allclose(rotate(images, torch.zeros(2)), images, atol=1e-5)
 assert not torch.allclose(rotate(images, torch.ones(2)), images, atol=1e-1)
-"""),
-    "hypergradient": (dha, "hypergradient", "", """
+""",
+    ),
+    "hypergradient": (
+        dha,
+        "hypergradient",
+        "",
+        """
 theta, v = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.5])
 d_lr, d_wd = hypergradient([2 * theta], [v], [theta], 0.1)  # of the loss |theta|^2
 assert d_lr == -3.0 and abs(float(d_wd) + 0.1 * (10 + 0.1 * 3)) < 1e-6
-"""),
-    "the policy": (joint, "Policy relaxed_bernoulli augment apply_each", "AUGMENTATIONS", """
+""",
+    ),
+    "the policy": (
+        joint,
+        "Policy relaxed_bernoulli augment apply_each",
+        "AUGMENTATIONS",
+        """
 policy, images = Policy(2, 1), torch.rand(4, 3, 8, 8)
 policy(images).sum().backward()
 assert policy.z.grad.abs().sum() > 0 and augment(images, policy).shape == images.shape
-"""),
-    "the mixed operation": (joint, "State Shared candidate MixedOp", "common", """
+""",
+    ),
+    "the mixed operation": (
+        joint,
+        "Beginnings rest_of_operation MixedOp",
+        "common",
+        """
 x, alpha = torch.rand(2, 4, 8, 8), torch.zeros(8, requires_grad=True)
 edge = MixedOp(4, 1)
-out = edge(x, alpha.softmax(0))
+out = edge(x, alpha)
 out.square().sum().backward()
 assert out.shape == x.shape and alpha.grad.abs().min() > 0
-assert torch.allclose(edge(State(x), alpha.softmax(0)), out)
-"""),
+assert torch.allclose(edge(edge.begin(x), alpha), out)
+""",
+    ),
 }
 
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 import torchvision
 from PIL import Image, ImageOps
-from test_data import noise, put
 from torchvision.transforms import v2
 
 import common
 from common import InputError, Photos, batch_indices, load_data, load_image, loader, mean_std, stem_for
+from test_data import noise, put
 
 
 @pytest.fixture(scope="module", autouse=True)
