@@ -352,7 +352,7 @@ class SparseSupernet(nn.Module):
         if support and [len(pairs) for pairs in support] != [self.kept] * len(self.states):
             raise InputError("the genotype is not of this --space with so many --layers")
         self.size = {"channels": channels, "num_classes": num_classes, "layers": layers, "stem": stem}
-        self.support = support
+        self.support = list(support) if support else None  # a list of its own: set_extra_state changes it
         self.frozen = [support is not None] * len(self.states)
         self.drop_path_prob = 0.0
         self.auxiliary = None
