@@ -185,7 +185,12 @@ class MixedOp(nn.Module):
         if isinstance(x, Tensor):
             x = self.begin(x)
         weights = alpha.softmax(0)[1:]  # without "none", which adds 0
-        return sum(weight * op(x[name]) for weight, (name, op) in zip(weights, self.ops.items()))  # Eq. (5)
+        weights = weights.to(x["skip_connect"].dtype)  # with --amp float32 weights would make all float32
+
+        mixed = weights.new_zeros(())
+        for weight, (name, op) in zip(weights, self.ops.items()):
+            mixed = torch.addcmul(mixed, weight, op(x[name]))  # Eq. (5): mixed + weight * op(x), in less memory
+        return mixed
 
 
 class Beginnings(nn.Module):
