@@ -117,8 +117,9 @@ def policy_loss(tau: Tensor, pairs: Tensor, losses: Tensor, weight: str, entropy
     drawn = p.gather(0, pairs)  # p_k(tau), (B,)
     losses = losses.detach()
     if weight == "p":
-        return -(drawn * losses).sum()
+        return -(drawn * losses).sum()  # Eq. (2), as printed
 
+    # The importance weight of a draw, less the batch's mean loss; and the entropy, times B as the sum over the images
     ratio = drawn / drawn.detach()
     entropy = torch.special.entr(p).sum()
     return -(ratio * (losses - losses.mean())).sum() - entropy_weight * len(pairs) * entropy  # Eq. (2)
@@ -158,11 +159,13 @@ def hypergradient(
     that iteration: its gradient is computed anyway, so that Eq. (3) costs no second pass (the authors' code pays one).
     So L contains the auxiliary head's loss and the label smoothing, which the authors' L does not [C].
     """
+    # Each as one vector, with a number for every weight
     g = torch.cat([tensor.flatten() for tensor in grads])
     v = torch.cat([tensor.flatten() for tensor in velocity])
     after = torch.cat([tensor.flatten() for tensor in theta_plus])
     before = after + lr * v
 
+    # The chain rule through theta+ = theta - lr v, v = momentum v + g + wd theta
     d_lr = -(g @ v)  # dtheta+/dlr = -v
     d_wd = -lr * (g @ before)  # dtheta+/dwd = -lr theta
     return d_lr, d_wd
@@ -348,12 +351,16 @@ class SparseSupernet(nn.Module):
         support: list | None = None,
     ):
         super().__init__()
+
+        # The architecture: given, or still to be searched
         self.states = self.count_states(layers)
         if support and [len(pairs) for pairs in support] != [self.kept] * len(self.states):
             raise InputError("the genotype is not of this --space with so many --layers")
         self.size = {"channels": channels, "num_classes": num_classes, "layers": layers, "stem": stem}
         self.support = list(support) if support else None  # a list of its own: set_extra_state changes it
         self.frozen = [support is not None] * len(self.states)
+
+        # The network
         self.drop_path_prob = 0.0
         self.auxiliary = None
         self.auxiliary_at = 2 * layers // 3
@@ -721,6 +728,7 @@ def decode_and_freeze(s: Learned, args: argparse.Namespace, image_size: int, fin
     pruned. Returns how far each node's alpha moved; None where nothing was decoded, or the new support breaks a
     limit of Eq. (1): then the old one stays.
     """
+    # The new alpha, unless its support breaks a limit; and which nodes have settled
     searched = [k for k, frozen in enumerate(s.net.frozen) if not frozen]
     distances = None
     if final:
@@ -734,6 +742,7 @@ def decode_and_freeze(s: Learned, args: argparse.Namespace, image_size: int, fin
         chosen = s.net.alpha_S.any(1).tolist()  # where alpha is 0 on the support nothing is chosen yet
         settled = [k for k in searched if distances[k] <= FREEZE_DISTANCE and chosen[k]]
 
+    # Their search is over; with the last of them that of the network
     for k in settled:
         s.net.freeze(k)
     if all(s.net.frozen):
@@ -761,6 +770,7 @@ def run_dha(args: argparse.Namespace, device: torch.device) -> None:
         print(f"{out} is finished already:", (out / "result.json").read_text())
         return
 
+    # Errors of flags and data come first, before anything is written
     data, s = prepare_dha(args, device)
     print(f"{args.dataset}: {data.describe()}")
     with locked(out):
@@ -1006,6 +1016,8 @@ def saved_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, scrip
     """
     folder = Path(args.out)
     name = Path(script).name
+
+    # --resume goes on with the run that is there
     if args.resume and (folder / "config.json").exists():
         try:
             config = json.loads((folder / "config.json").read_text())
@@ -1015,6 +1027,7 @@ def saved_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, scrip
         except (OSError, ValueError, TypeError, LookupError) as error:
             parser.error(f"cannot read {folder / 'config.json'}: {type(error).__name__}")
 
+    # A new run begins where there is none
     for file in (*RUN_FILES, name):
         if (folder / file).exists():
             parser.error(f"{folder} holds the {file} of a run: choose another --out, or --resume that run")
@@ -1105,6 +1118,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
         return
 
+    # The system ends the lock when the descriptor is closed, also that of a killed process
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1137,6 +1151,7 @@ def open_run(args: argparse.Namespace, device: torch.device, script: str) -> tup
         if not (out / source.name).exists():
             save(out / source.name, source.read_bytes())
 
+    # What the last finished epoch has left
     if not (out / "checkpoint.pt").exists():
         return [], {}
     try:

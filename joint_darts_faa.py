@@ -243,6 +243,7 @@ class DartsCell(nn.Module):
 
     def forward(self, s0: Tensor, s1: Tensor, alphas: Tensor) -> Tensor:
         """alphas (14, 8): a row per edge, node by node."""
+        # A node is the sum of the mixed operations on all earlier states
         x = [self.begin[0](self.preprocess0(s0)), self.begin[1](self.preprocess1(s1))]
         edges = zip(self.edges, alphas.unbind(0))
         nodes = []
@@ -266,6 +267,8 @@ class DartsSupernet(nn.Module):
 
     def __init__(self, channels: int, num_classes: int, layers: int, stem: str = "cifar"):
         super().__init__()
+
+        # Cells; reductions at 1/3 and 2/3 have half the height and width, and twice the channels
         self.stem, self.stem1, c_in, halved = common.stems(stem, channels)
         self.reductions = (layers // 3, 2 * layers // 3)
         self.cells = nn.ModuleList()
@@ -280,6 +283,8 @@ class DartsSupernet(nn.Module):
             halved = reduction
         common.fix_batch_norms(self.cells)  # a scale that learns could undo an operation's weight [A: DARTS]
         self.classifier = nn.Linear(c_in, num_classes)
+
+        # All normal cells share one alpha, all reduction cells another
         self.alphas_normal = nn.Parameter(1e-3 * torch.randn(14, len(PRIMITIVES)))
         self.alphas_reduce = nn.Parameter(1e-3 * torch.randn(14, len(PRIMITIVES)))
 
@@ -302,6 +307,8 @@ class DartsSupernet(nn.Module):
         cells = []
         for alphas in self.alphas():
             strength, operation = alphas.detach().softmax(1)[:, 1:].cpu().max(1)  # of every edge, (14,)
+
+            # Node by node, the two strongest of its edges
             cell = []
             first = 0  # the number of the node's first edge
             for j in range(NODES):
@@ -328,6 +335,7 @@ class JointSearch:
     def __init__(
         self, args: argparse.Namespace, data: common.Data, device: torch.device, genotype: Genotype | None = None
     ):
+        # What learns: w, alpha, and the policy's z, p and mu
         self.genotype = genotype
         stem = common.stem_for(data.train_images)
         if genotype:
@@ -445,6 +453,7 @@ def run_joint(args: argparse.Namespace, device: torch.device) -> None:
         print(f"{out} is finished already:", (out / "result.json").read_text())
         return
 
+    # Errors of flags, data and files come first, before anything is written
     data, genotype = prepare_joint(args, device)
     print(f"{args.dataset}: {data.describe()}")
     policy = None
@@ -778,6 +787,8 @@ def saved_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, scrip
     """
     folder = Path(args.out)
     name = Path(script).name
+
+    # --resume goes on with the run that is there
     if args.resume and (folder / "config.json").exists():
         try:
             config = json.loads((folder / "config.json").read_text())
@@ -787,6 +798,7 @@ def saved_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, scrip
         except (OSError, ValueError, TypeError, LookupError) as error:
             parser.error(f"cannot read {folder / 'config.json'}: {type(error).__name__}")
 
+    # A new run begins where there is none
     for file in (*RUN_FILES, name):
         if (folder / file).exists():
             parser.error(f"{folder} holds the {file} of a run: choose another --out, or --resume that run")
@@ -877,6 +889,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
         return
 
+    # The system ends the lock when the descriptor is closed, also that of a killed process
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -909,6 +922,7 @@ def open_run(args: argparse.Namespace, device: torch.device, script: str) -> tup
         if not (out / source.name).exists():
             save(out / source.name, source.read_bytes())
 
+    # What the last finished epoch has left
     if not (out / "checkpoint.pt").exists():
         return [], {}
     try:
