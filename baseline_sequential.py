@@ -4,7 +4,7 @@
 # ///
 """The baselines of both papers: the same parts one after the other.
 
-    python baseline_sequential.py --method faa-darts --preset quick              # 3 minutes on 2 CPU cores
+    python baseline_sequential.py --method faa-darts --preset quick              # minutes on 2 CPU cores
     python baseline_sequential.py --method dha --dataset cifar10 --gpu 0         # the paper's size
     python baseline_sequential.py --resume --out runs/baseline_sequential-cifar10-seed0
     python baseline_sequential.py --compare runs/*                               # a table of runs of any script

@@ -4,7 +4,7 @@
 # ///
 """DHA: learn weights, augmentation policy, learning rate, weight decay and architecture of a network in one run.
 
-    python dha.py --preset quick                               # 2 minutes on 2 CPU cores, nothing to download
+    python dha.py --preset quick                               # minutes on 2 CPU cores, nothing to download
     python dha.py --dataset cifar10 --gpu 0                    # the paper's size
     torchrun --nproc-per-node 4 dha.py --dataset cifar10       # one process per GPU
     python dha.py --resume --out runs/dha-cifar10-seed0        # go on where it stopped

@@ -4,7 +4,7 @@
 # ///
 """Joint search of augmentation policy and architecture: DARTS and Faster AutoAugment, searched together by gradients.
 
-    python joint_darts_faa.py --preset quick                       # 2 minutes on 2 CPU cores, nothing to download
+    python joint_darts_faa.py --preset quick                       # minutes on 2 CPU cores, nothing to download
     python joint_darts_faa.py --dataset cifar10 --gpu 0            # the paper's size
     python joint_darts_faa.py --policy none --dataset cifar10      # plain DARTS, the first row of the paper's table
     python joint_darts_faa.py --resume --out runs/joint_darts_faa-cifar10-seed0    # go on where it stopped
