@@ -88,7 +88,7 @@ def definitions(name: str) -> set[str]:
 
 @pytest.mark.parametrize("name", ["dha", "joint_darts_faa"])
 def test_functions_of_the_tables_exist(name):
-    _, rows = FRONT.split(f"| in the paper | in `{name}.py` |\n| --- | --- |\n")
+    _, rows = FRONT.split(f"| in the paper | in `{name}.py` |\n|---|---|\n")
     rows = rows.split("\n\n")[0].splitlines()
     named = [word for row in rows for word in re.findall(r"`([^`]+)`", row.split("|")[2])]
     assert len(named) >= len(rows) and set(named) <= definitions(name)
