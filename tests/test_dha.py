@@ -4,15 +4,9 @@ import argparse
 import copy
 import itertools
 import math
-import os
-import subprocess
-import sys
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -899,57 +893,6 @@ def test_the_search_ends_early_when_all_nodes_are_frozen(tmp_path, monkeypatch):
     history, s = loop(tmp_path, monkeypatch, lambda s, images: None, "--search-epochs", "9", "--train-epochs", "2")
     assert [record["phase"] for record in history] == ["search", "train", "train"]
     assert [record["frozen"] for record in history] == [0, 8, 8]
-
-
-# -------- Several processes ---------------------------------------------------------------------------------
-
-
-def meet(rank, folder):
-    """What this process finds where every process has another b: its part in a group of two."""
-    meeting = {"init_method": f"file://{folder}/meet", "rank": rank, "world_size": 2}
-    dist.init_process_group("gloo", **meeting, timeout=timedelta(seconds=60))
-    try:
-        torch.manual_seed(0)
-        net = dha.SparseSupernet(4, 10, 3, b_scale=0.3)
-        net.freeze(6)
-        torch.manual_seed(rank)
-        move_b(net)
-        moved = net.set_alpha(dha.from_process_0(net.decode()))
-        params = [torch.zeros(2, 3), torch.zeros(4), torch.zeros(1)]
-        for p in params[:2]:
-            p.grad = torch.full_like(p, rank + 1.0)
-        dha.average_gradients(params)
-    finally:
-        dist.destroy_process_group()
-    found = {name: getattr(net, name) for name in ("support", "alpha", "A_S", "alpha_S")}
-    return found | {"moved": moved, "grads": [p.grad for p in params]}
-
-
-def test_processes_share_the_support_of_rank_0_and_the_gradients(tmp_path):
-    code = "import sys, torch, test_dha; torch.save(test_dha.meet(1, sys.argv[1]), sys.argv[1] + '/1.pt')"
-    paths = [str(Path(dha.__file__).parent), str(Path(__file__).parent)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    other = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    mine = meet(0, tmp_path)
-    said = other.communicate(timeout=60)[1]
-    assert other.returncode == 0, said
-    theirs = torch.load(tmp_path / "1.pt")
-    torch.manual_seed(0)
-    net = dha.SparseSupernet(4, 10, 3, b_scale=0.3)  # what rank 0 finds, alone
-    net.freeze(6)
-    torch.manual_seed(0)
-    move_b(net)
-    alone = {"moved": recover(net), "support": net.support, "alpha": net.alpha}
-    for found in (mine, theirs):
-        assert found["support"] == alone["support"] and found["moved"] == pytest.approx(alone["moved"])
-        assert torch.allclose(found["alpha"], alone["alpha"], atol=1e-6)
-        for k in range(8):
-            S = [7 * state + OPS.index(name) for name, state in found["support"][k]]
-            assert torch.equal(found["alpha_S"][k], found["alpha"][k, S])
-            assert torch.equal(found["A_S"][k], net.A[k][:, S])
-        assert [g.unique().tolist() for g in found["grads"][:2]] == [[1.5], [1.5]]  # the mean of 1 and 2
-        assert found["grads"][2] is None
 
 
 # -------- No waiting ----------------------------------------------------------------------------------------
