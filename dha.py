@@ -15,7 +15,8 @@ one loss and no validation split, and nothing is retrained.
 
     theta    weights
     tau      14 x 14 logits: which pair of image operations to apply
-    lr, wd   learning rate and weight decay; together the paper's eta. beta: the sizes of their steps
+    lr, wd   learning rate and weight decay; eta is (log lr, log wd)
+    beta     by how many e-folds lr would move in the whole run, if its gradient always had one sign
     alpha    a coefficient for each candidate of a node: each operation on each state (a cell's inputs, earlier nodes)
     b        what Adam trains in place of alpha: 7 numbers per node
     A        random and fixed; alpha is decoded from b = A alpha
@@ -62,9 +63,7 @@ import common
 from common import FactorizedReduce, Genotype, InputError
 
 LR_RANGE = (1e-4, 0.1)  # where Eq. (3) may move lr [C]
-WD_RANGE = (0.0, 1e-2)  # and wd [C]
-MAX_LR_CHANGE = 0.1  # in one step, relative [C]
-MAX_WD_CHANGE = 1e-5  # in one step [C]
+WD_RANGE = (1e-4, 1e-2)  # and wd [C]: a training loss has no use for weight decay, which ends at the lower limit
 GRAD_CLIP = 5.0  # largest norm of the weights' gradient [A: DARTS]
 LASSO = 1e-5  # lambda of Eq. (4) [A: ISTA-NAS]
 FREEZE_DISTANCE = 1e-3  # a node whose alpha moved no more than this in an epoch is frozen [A: ISTA-NAS]
@@ -169,6 +168,48 @@ def hypergradient(
     d_lr = -(g @ v)  # dtheta+/dlr = -v
     d_wd = -lr * (g @ before)  # dtheta+/dwd = -lr theta
     return d_lr, d_wd
+
+
+class Eta:
+    """lr and wd, and how Eq. (3) moves them.
+
+    The paper's beta is a step size that it does not give. With plain steps no value suits runs of different lengths:
+    once the loss falls slowly, the mean of dL/dlr hardly depends on lr. What does hardly change from run to run is the
+    share of the gradient's mean in its size. So here eta is (log lr, log wd), and Adam moves it, which divides a
+    gradient by its usual size [C].
+
+    lr, wd: at the start. beta: by how many e-folds (factors of e) either would move if its gradient always had one
+    sign. steps: T, of the whole run.
+    """
+
+    def __init__(self, lr: float, wd: float, beta: float, steps: int, device: torch.device | str = "cpu"):
+        self.logs = torch.tensor([lr, wd], device=device).log().requires_grad_()  # a tensor: no step waits for the GPU
+        self.optimizer = torch.optim.Adam([self.logs], beta / steps, betas=(0.0, 0.999), eps=1e-12)
+
+    @property
+    def lr(self) -> Tensor:
+        return self.logs.detach()[0].exp()
+
+    @property
+    def wd(self) -> Tensor:
+        return self.logs.detach()[1].exp()
+
+    def set_lr(self, lr: float) -> None:
+        self.logs.data[0] = math.log(lr)
+
+    def step(self, d_lr: Tensor, d_wd: Tensor) -> None:
+        """Eq. (3), for the gradients dL/dlr and dL/dwd."""
+        self.logs.grad = torch.stack([self.lr * d_lr, self.wd * d_wd])  # dL/dlog lr = lr dL/dlr
+        self.optimizer.step()  # Eq. (3)
+        self.logs.data[0].clamp_(math.log(LR_RANGE[0]), math.log(LR_RANGE[1]))
+        self.logs.data[1].clamp_(math.log(WD_RANGE[0]), math.log(WD_RANGE[1]))
+
+    def state_dict(self) -> dict:
+        return {"logs": self.logs.detach(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, saved: dict) -> None:
+        self.logs.data.copy_(saved["logs"])
+        self.optimizer.load_state_dict(saved["optimizer"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -613,9 +654,10 @@ class Learned:
         b = {"params": self.net.b}  # as a group, because it is empty where the architecture is given
         self.b_optimizer = torch.optim.Adam([b], args.arch_lr, betas=(0.5, 0.999), weight_decay=1e-3)  # [A: ISTA-NAS]
         self.tau = torch.zeros(len(AUGMENTATIONS), len(AUGMENTATIONS), device=device, requires_grad=True)  # uniform
-        self.lr = torch.tensor(args.lr, device=device)  # tensors, so that no step waits for the GPU
-        self.previous_lr = self.lr.clone()  # of the previous step: warm-up may set lr before Eq. (3) looks back at it
-        self.wd = torch.tensor(args.weight_decay, device=device)
+        epochs = args.train_epochs + (0 if support else args.search_epochs)
+        steps = epochs * (len(data.train_images) // args.batch_size)
+        self.eta = Eta(args.lr, args.weight_decay, args.beta, steps, device)
+        self.previous_lr = self.eta.lr  # of the previous step: warm-up may set lr before Eq. (3) looks back at it
         mean, std = common.mean_std(data.train_images)
         self.mean = mean.to(device)
         self.std = std.to(device)
@@ -631,9 +673,8 @@ class Learned:
             "velocity": [self.velocity.get(weight) for weight in self.theta],
             "b_optimizer": self.b_optimizer.state_dict(),
             "tau": self.tau.detach(),
-            "lr": self.lr,
+            "eta": self.eta.state_dict(),
             "previous_lr": self.previous_lr,
-            "wd": self.wd,
         }
 
     def load_state_dict(self, saved: dict) -> None:
@@ -646,9 +687,8 @@ class Learned:
         self.velocity = {weight: v.to(weight) for weight, v in zip(self.theta, saved["velocity"]) if v is not None}
         self.b_optimizer.load_state_dict(saved["b_optimizer"])
         self.tau.data.copy_(saved["tau"])
-        self.lr.copy_(saved["lr"])
+        self.eta.load_state_dict(saved["eta"])
         self.previous_lr.copy_(saved["previous_lr"])
-        self.wd.copy_(saved["wd"])
 
 
 @torch.no_grad()
@@ -699,10 +739,7 @@ def train_step(s: Learned, images: Tensor, labels: Tensor, args: argparse.Namesp
     if moved and not args.no_hpo:
         grads = [weight.grad for weight in moved]
         d_lr, d_wd = hypergradient(grads, [s.velocity[weight] for weight in moved], moved, s.previous_lr)
-        lr_change = (args.beta_lr * d_lr).clamp(-MAX_LR_CHANGE * s.lr, MAX_LR_CHANGE * s.lr)
-        wd_change = (args.beta_wd * d_wd).clamp(-MAX_WD_CHANGE, MAX_WD_CHANGE)
-        s.lr.sub_(lr_change).clamp_(*LR_RANGE)  # Eq. (3)
-        s.wd.sub_(wd_change).clamp_(*WD_RANGE)  # Eq. (3)
+        s.eta.step(d_lr, d_wd)  # Eq. (3)
 
     # 4. The policy. Its loss is a sum over the batch; average_gradients made it the mean of WORLD processes' sums
     if not args.no_da:
@@ -713,9 +750,9 @@ def train_step(s: Learned, images: Tensor, labels: Tensor, args: argparse.Namesp
     s.b_optimizer.step()
     nn.utils.clip_grad_norm_(ran, GRAD_CLIP)
     velocity = [s.velocity[weight] if weight in s.velocity else torch.zeros_like(weight) for weight in ran]
-    sgd_step(ran, [weight.grad for weight in ran], velocity, s.lr, s.wd)
+    sgd_step(ran, [weight.grad for weight in ran], velocity, s.eta.lr, s.eta.wd)
     s.velocity = dict(zip(ran, velocity))
-    s.previous_lr.copy_(s.lr)
+    s.previous_lr = s.eta.lr
 
     accuracy = 100 * (logits.argmax(1) == labels).float().mean()
     return torch.stack([losses.mean(), accuracy]).detach()
@@ -826,9 +863,9 @@ def search_and_train(s: Learned, args: argparse.Namespace, data: common.Data, hi
         s.net.train()
         s.net.drop_path_prob = args.drop_path * progress
         if args.no_hpo:  # constant while searching, then from lr to lr / 25 along half a cosine [A: ISTA-NAS]
-            s.lr.fill_(args.lr * (0.04 + 0.96 * (1 + math.cos(math.pi * progress)) / 2))
+            s.eta.set_lr(args.lr * (0.04 + 0.96 * (1 + math.cos(math.pi * progress)) / 2))
         if epoch < args.warmup_epochs:  # each of these epochs starts at its own lr; within it Eq. (3) moves lr
-            s.lr.fill_(args.lr * (epoch + 1) / args.warmup_epochs)
+            s.eta.set_lr(args.lr * (epoch + 1) / args.warmup_epochs)
 
         # One seed per epoch: a resumed run goes on as if it had never stopped. (The factors keep the seeds of different
         # runs, epochs and processes apart)
@@ -845,8 +882,8 @@ def search_and_train(s: Learned, args: argparse.Namespace, data: common.Data, hi
         for images, labels in tqdm(batches, f"epoch {epoch + 1}", len(order), leave=False, disable=QUIET):
             totals += train_step(s, images, labels, args)
 
-        learned = [*s.velocity.keys(), *s.net.b, s.tau, s.lr, s.wd]
-        loss, accuracy = finite_means(totals / len(order), learned, epoch + 1, "--lr, --beta-lr or --tau-lr")
+        learned = [*s.velocity.keys(), *s.net.b, s.tau, s.eta.logs]
+        loss, accuracy = finite_means(totals / len(order), learned, epoch + 1, "--lr, --beta or --tau-lr")
 
         # The epoch's record. The test set decides nothing; it is only watched
         test_accuracy = 0.0
@@ -861,8 +898,8 @@ def search_and_train(s: Learned, args: argparse.Namespace, data: common.Data, hi
             "loss": loss,
             "train_accuracy": accuracy,
             "test_accuracy": test_accuracy,
-            "lr": float(s.lr),
-            "wd": float(s.wd),
+            "lr": float(s.eta.lr),
+            "wd": float(s.eta.wd),
             "entropy": entropy,  # of p(tau), in nats; 5.278 when all pairs are alike
             "frozen": sum(s.net.frozen),  # as it was in this epoch, before decode_and_freeze; so is the support
             "skip_connects": skips,
@@ -875,7 +912,7 @@ def search_and_train(s: Learned, args: argparse.Namespace, data: common.Data, hi
             print(f"warning: {skips} of {operations} operations are skip-connections: the search may be collapsing")
         print(
             f"epoch {epoch + 1}  {record['phase']}  loss {loss:.3f}  train {accuracy:.1f} %  "
-            f"test {test_accuracy:.1f} %  lr {s.lr:.4f}  wd {s.wd:.1e}  "
+            f"test {test_accuracy:.1f} %  lr {s.eta.lr:.4f}  wd {s.eta.wd:.1e}  "
             f"entropy {entropy:.2f}  frozen {record['frozen']}"
         )
 
@@ -898,16 +935,16 @@ def search_and_train(s: Learned, args: argparse.Namespace, data: common.Data, hi
 PRESETS = {
     "paper": {},  # the defaults of the flags: CIFAR-10
     "quick": dict(  # [C]
-        dataset="shapes", search_epochs=3, train_epochs=4, batch_size=64, channels=8, layers=3, lr=0.05, beta_lr=3e-4,
-        beta_wd=1e-3, tau_lr=0.04, arch_lr=3e-3, b_scale=0.1, drop_path=0.0, auxiliary_weight=0.0, cutout=0,
+        dataset="shapes", search_epochs=3, train_epochs=4, batch_size=64, channels=8, layers=3, lr=0.05,
+        tau_lr=0.04, arch_lr=3e-3, b_scale=0.1, drop_path=0.0, auxiliary_weight=0.0, cutout=0,
     ),
     "imagenet": dict(  # [A: DARTS; its warm-up ISTA-NAS]
-        dataset="imagenet", train_epochs=250, batch_size=128, channels=48, layers=14, lr=0.1, weight_decay=3e-5,
-        warmup_epochs=5, label_smoothing=0.1, drop_path=0.0, cutout=0,  # lr starts at the end of LR_RANGE
+        dataset="imagenet", train_epochs=250, batch_size=128, channels=48, layers=14, lr=0.1, warmup_epochs=5,
+        weight_decay=1e-4, label_smoothing=0.1, drop_path=0.0, cutout=0,  # DARTS' wd, 3e-5, is not in WD_RANGE
     ),
 }  # fmt: skip
 MOBILENET = dict(channels=32, layers=21, auxiliary_weight=0.0, drop_path=0.0)  # ProxylessNAS' size
-MOBILENET_QUICK = dict(channels=8, layers=11, search_epochs=2, train_epochs=6, beta_lr=1e-4, b_scale=0.5)
+MOBILENET_QUICK = dict(channels=8, layers=11, search_epochs=2, train_epochs=6, b_scale=0.5)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -936,7 +973,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--batch-size", type=at_least(2), default=96, help="images per step, over all processes [A: DARTS]")
     add("--channels", type=at_least(2), default=36, help="channels of the first cells, even [A: DARTS]")
     add("--layers", type=at_least(3), default=20, help="cells; reductions at 1/3 and 2/3 [A: DARTS]")
-    add("--lr", type=at_least(0.0), default=0.025, help="learning rate of theta at the start [A: DARTS]")
+    add("--lr", type=at_least(1e-9), default=0.025, help="learning rate of theta at the start [A: DARTS]")
     add("--weight-decay", type=at_least(0.0), default=3e-4, help="weight decay at the start [A: DARTS]")
     add("--auxiliary-weight", type=at_least(0.0), default=0.4, help="weight of the auxiliary head's loss [A: DARTS]")
     add("--label-smoothing", type=at_least(0.0, 1.0), default=0.0, help="share of a label that all classes get alike")
@@ -950,8 +987,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--da-entropy", type=at_least(0.0), default=0.3, help="lambda_H, weight of the entropy, with ratio [C]")
     add("--tau-lr", type=at_least(0.0), default=1e-3, help="step size of tau; short runs need more [C]")
     add("--no-hpo", action="store_true", help="wd stays, lr falls by a cosine once the search is over [A: ISTA-NAS]")
-    add("--beta-lr", type=at_least(0.0), default=1e-5, help="beta of Eq. (3), for lr [C]")
-    add("--beta-wd", type=at_least(0.0), default=1e-5, help="beta of Eq. (3), for wd [C]")
+    add("--beta", type=at_least(0.0), default=10.0, help="of Eq. (3): e-folds that lr and wd can move in a run [C]")
     add("--genotype", type=os.path.expanduser, help=f"no search: {', '.join(common.GENOTYPES)}, or a file")
     add("--arch-lr", type=at_least(0.0), default=3e-4, help="Adam's learning rate for b [A: ISTA-NAS]")
     add("--b-scale", type=at_least(0.0), default=1e-3, help="standard deviation of b at the start [A: ISTA-NAS]")

@@ -1,6 +1,7 @@
 """Several processes: all hold the same, their step is one's on the joined batch; one dies; runs resume."""
 
 import contextlib
+import math
 import os
 import re
 import signal
@@ -22,10 +23,10 @@ from test_runs import TORCHRUN, history, lines, only, result, stop_after_an_epoc
 
 CPU = torch.device("cpu")
 START = "--out no-such-run --preset quick --gpu -1"
-TINY = f"{START} --channels 4 --arch-lr 0.03 --b-scale 0.3 --weight-decay 5e-3 --beta-wd 1"
+TINY = f"{START} --channels 4 --arch-lr 0.03 --b-scale 0.3 --weight-decay 5e-3 --beta 10"
 KINDS = {
-    "cells": (dha, f"{TINY} --layers 3 --beta-lr 0.3"),
-    "mobilenet": (dha, f"{TINY} --space mobilenet --layers 6 --beta-lr 0.03"),
+    "cells": (dha, f"{TINY} --layers 3"),
+    "mobilenet": (dha, f"{TINY} --space mobilenet --layers 6"),
     "joint": (joint, f"{START} --search-channels 2 --sub-policies 2 --stages 1 --lr 0.05"),
 }
 RANDOM = {"cells": "--auxiliary-weight 0.4 --drop-path 0.3 --cutout 8 --label-smoothing 0.1",
@@ -34,12 +35,10 @@ RANDOM = {"cells": "--auxiliary-weight 0.4 --drop-path 0.3 --cutout 8 --label-sm
 
 @contextlib.contextmanager
 def small():
-    """One thread; free steps of lr and wd; the joint search, whose step takes long: 1 node a cell, 4 augmentations."""
+    """One thread; the joint search, whose step takes long: 1 node a cell, 4 augmentations."""
     threads = torch.get_num_threads()
     some = ("Rotate", "Solarize", "Color", "Equalize")  # none mixes images
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dha, "MAX_LR_CHANGE", 1.0)
-        patch.setattr(dha, "MAX_WD_CHANGE", 1.0)
         patch.setattr(joint, "NODES", 1)
         patch.setattr(joint, "AUGMENTATIONS", {name: joint.AUGMENTATIONS[name] for name in some})
         torch.set_num_threads(1)
@@ -77,7 +76,7 @@ def step(s, data, args, i, rank, world, dtype=torch.float32):
 def learned(s):
     """What a step moves: name -> tensors."""
     if isinstance(s, dha.Learned):
-        found = {"w": s.theta, "b": list(s.net.b), "alpha": [s.net.alpha], "tau": [s.tau], "lr": [s.lr], "wd": [s.wd]}
+        found = {"w": s.theta, "b": list(s.net.b), "alpha": [s.net.alpha], "tau": [s.tau], "eta": [s.eta.logs]}
     else:
         found = {"w": s.w, "alpha": s.alphas, "z": [s.policy.z], "p": [s.policy.p], "mu": [s.policy.mu]}
     return {name: [t.detach().clone() for t in tensors] for name, tensors in found.items()}
@@ -125,7 +124,8 @@ def exact(kind, rank, world):
             patch.setattr(joint, "relaxed_bernoulli", lambda p: p)
         else:
             s.tau = s.tau.detach().double().requires_grad_()
-            s.lr, s.wd = s.lr.double(), s.wd.double()
+            s.eta = dha.Eta(args.lr, args.weight_decay, 10.0, 20)
+            s.eta.logs.data = s.eta.logs.data.double()
 
             def part():
                 return data.train_images[8 * len(found) - 8 + rank : 8 * len(found) : world]
@@ -200,8 +200,9 @@ def test_a_step_is_one_process_s_on_the_joined_batch(found, kind):
     for name in before.keys() - ({"alpha"} if kind != "joint" else {}):  # which no step of DHA moves
         moved = torch.cat([(a - b).abs().flatten() for a, b in zip(before[name], after[name])])
         assert moved.max() > 1e-4, name
-    for name, (low, high) in {"lr": dha.LR_RANGE, "wd": dha.WD_RANGE}.items():
-        assert kind == "joint" or low < after[name][0] < high
+    if kind != "joint":
+        for log, (low, high) in zip(after["eta"][0].tolist(), (dha.LR_RANGE, dha.WD_RANGE)):
+            assert math.log(low) < log < math.log(high)
 
 
 # -------- Deaths and resumes --------------------------------------------------------------------------------

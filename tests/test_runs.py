@@ -514,7 +514,7 @@ OWN = {
 --policy {broken}/nothing | --policy {broken}/file | --policy {broken}/damaged.json | --policy {broken}/dha.json
 --policy {broken}/policy.json | --method dha | --space mobilenet | --preset imagenet
 --search-only --genotype DARTS_V2 --policy none""",
-    "dha": """--lr 5 | --weight-decay 0.5 | --max-params 0 | --max-flops x | --beta-lr -1
+    "dha": """--lr 5 | --weight-decay 0.5 | --max-params 0 | --max-flops x | --beta -1
 --label-smoothing 1 | --label-smoothing -0.1 | --warmup-epochs -1
 --tau-lr inf | --b-scale -1 | --genotype {broken}/nodes3.json
 --genotype {broken}/concat.json | --genotype DARTS_V2 --train-epochs 0 | --genotype DARTS_V2 --max-params 1
