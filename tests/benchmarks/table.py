@@ -35,8 +35,7 @@ DATA = "--preset quick --dataset folder --image-size 16 --limit-test 100 --batch
 SMALL = f"{DATA} --limit-train 500"
 SEARCHED = f"{SMALL} --search-epochs 40 --train-epochs 200"
 GIVEN = f"{SMALL} --train-epochs 240 --genotype OUT/genotype-SEED.json"
-# Chosen on seeds 100 and 101: the entropy of p(tau) ends at 5.0, lr near where the cosine ends
-STEPS = "--tau-lr 0.02 --beta-lr 0.0005"
+STEPS = "--tau-lr 0.02"  # chosen on seeds 100 and 101: the entropy of p(tau) ends at 5.0
 JOINT = f"{SEARCHED} --search-images 500 --search-batch-size 50"
 LARGER = f"{DATA} --limit-train 2000 --channels 24 --search-epochs 20 --train-epochs 120"
 
@@ -46,7 +45,7 @@ TABLES = {  # table: row: command. SEED and OUT are filled in
         "One-Stage ISTA": f"dha.py {SEARCHED} --no-da --no-hpo",
         "random pairs": f"dha.py {SEARCHED} --no-hpo --tau-lr 0",
         "Sequential DHA": f"baseline_sequential.py --method dha {SMALL} --search-epochs 40 --train-epochs 240 {STEPS}",
-        "DHA, Eq. 2 as printed": f"dha.py {SEARCHED} --da-weight p --tau-lr 0.05 --beta-lr 0.0005",  # 0.25 collapses
+        "DHA, Eq. 2 as printed": f"dha.py {SEARCHED} --da-weight p --tau-lr 0.05",  # 0.25 collapses
         "DHA": f"dha.py {SEARCHED} {STEPS}",
         "DHA without DA": f"dha.py {SEARCHED} {STEPS} --no-da",
         "DHA without HPO": f"dha.py {SEARCHED} {STEPS} --no-hpo",
@@ -54,7 +53,13 @@ TABLES = {  # table: row: command. SEED and OUT are filled in
     },
     "larger": {
         "One-Stage ISTA": f"dha.py {LARGER} --no-da --no-hpo",
-        "DHA": f"dha.py {LARGER} --tau-lr 0.02 --beta-lr 0.0002",  # 5,600 steps, not 2,400: a smaller beta
+        "DHA": f"dha.py {LARGER} {STEPS}",
+    },
+    "beta": {f"beta {beta}": f"dha.py {SEARCHED} {STEPS} --beta {beta}" for beta in (5, 10, 15, 20)},
+    "length": {  # T, the steps of a run; the last has 2,000 images
+        "650 steps": f"dha.py {SMALL} --search-epochs 15 --train-epochs 50 {STEPS}",
+        "2,400 steps": f"dha.py {SEARCHED} {STEPS}",
+        "10,000 steps": f"dha.py {DATA} --limit-train 2000 --search-epochs 40 --train-epochs 210 {STEPS}",
     },
     "joint": {
         "random genotype": f"joint_darts_faa.py {JOINT} --policy none --genotype OUT/genotype-SEED.json",
@@ -67,6 +72,8 @@ TABLES = {  # table: row: command. SEED and OUT are filled in
 REFERENCES = {
     "dha": ["One-Stage ISTA", "random pairs", "DHA"],
     "larger": ["One-Stage ISTA"],
+    "beta": [],
+    "length": [],
     "joint": ["DARTS", "random policy", "Faster AA, then DARTS"],
 }
 WRITING = Lock()
@@ -136,7 +143,9 @@ def run(name: str, row: str, seed: int, mine: argparse.Namespace) -> None:
     data = common.load_data("folder", mine.data_dir, info["image_size"], limit_train=20)
     accuracy = dha.evaluate(net, data.test_images, data.test_labels, info["mean"], info["std"])
 
-    last = json.loads((ROOT / out / "metrics.jsonl").read_text().splitlines()[-1])
+    records = [json.loads(line) for line in (ROOT / out / "metrics.jsonl").read_text().splitlines()]
+    rates = [records[len(records) * tenth // 10 - 1].get("lr") for tenth in range(1, 11)]
+    last = records[-1]
     last = {key: value for key, value in last.items() if key not in ("support", "seconds", "gpus")}
     about = json.loads((ROOT / out / "config.json").read_text())
     found = json.loads((ROOT / out / "result.json").read_text())
@@ -147,6 +156,7 @@ def run(name: str, row: str, seed: int, mine: argparse.Namespace) -> None:
         "test_images": len(data.test_labels),
         **{key: found[key] for key in ("params", "seconds", "search_seconds", "genotype")},
         "last_epoch": last,
+        "lr": rates,  # at the end of each tenth of the run
         "draws": draws(ROOT / out / "policy.json"),
         "command": f"python {command}",
         **{key: about[key] for key in ("torch", "torchvision", "device")},
@@ -187,27 +197,46 @@ def table(name: str) -> str:
     return "\n".join(lines)
 
 
+def draw_rates(name: str) -> None:
+    """tests/results/<name>.png: lr over the share of the run that is done, a curve per row, of its first seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for row in TABLES[name]:
+        results = kept_results(name, row)
+        if results:
+            axis.plot([tenth / 10 for tenth in range(1, 11)], results[min(results)]["lr"], ".-", label=row)
+    axis.set(xlabel="share of the run", ylabel="lr", yscale="log")
+    axis.legend()
+    figure.savefig(RESULTS / f"{name}.png", dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--data-dir", help="CIFAR-10 as train/<class>/*, test/<class>/*; None: start nothing")
     parser.add_argument("--out", type=Path, default=Path("runs/table"), help="run directories")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds to run; the table has all that are kept")
+    parser.add_argument("--seeds", type=int, default=5, help="how many seeds to run; the table has all that are kept")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, which share the cores")
     parser.add_argument("--gpu", type=int)
     mine = parser.parse_args()
     if mine.data_dir:
         mine.data_dir = str(Path(mine.data_dir).absolute())
         (ROOT / mine.out / mine.table).mkdir(parents=True, exist_ok=True)
-        for seed in range(mine.seeds):
+        seeds = range(mine.first_seed, mine.first_seed + mine.seeds)
+        for seed in seeds:
             prepare(ROOT / mine.out, seed)
-        runs = [(row, seed) for seed in range(mine.seeds) for row in TABLES[mine.table]]
+        runs = [(row, seed) for seed in seeds for row in TABLES[mine.table]]
         pool = ThreadPoolExecutor(mine.jobs)
         try:
             for done in [pool.submit(run, mine.table, row, seed, mine) for row, seed in runs]:
                 done.result()
         finally:  # a run that fails, or Ctrl-C, starts no other
             pool.shutdown(cancel_futures=True)
+        if mine.table == "length":
+            draw_rates(mine.table)
     print(table(mine.table))
 
 
