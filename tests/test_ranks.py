@@ -124,7 +124,7 @@ def exact(kind, rank, world):
             patch.setattr(joint, "relaxed_bernoulli", lambda p: p)
         else:
             s.tau = s.tau.detach().double().requires_grad_()
-            s.eta = dha.Eta(args.lr, args.weight_decay, 10.0, 20)
+            s.eta = dha.Eta(args.lr, args.weight_decay, 1.0, 20)
             s.eta.logs.data = s.eta.logs.data.double()
 
             def part():
