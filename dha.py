@@ -195,7 +195,7 @@ class Eta:
         return self.logs.detach()[1].exp()
 
     def set_lr(self, lr: float) -> None:
-        self.logs.data[0] = math.log(lr)
+        self.logs.data[0] = torch.tensor(lr).log()
 
     def step(self, d_lr: Tensor, d_wd: Tensor) -> None:
         """Eq. (3), for the gradients dL/dlr and dL/dwd."""
@@ -882,7 +882,7 @@ def search_and_train(s: Learned, args: argparse.Namespace, data: common.Data, hi
         for images, labels in tqdm(batches, f"epoch {epoch + 1}", len(order), leave=False, disable=QUIET):
             totals += train_step(s, images, labels, args)
 
-        learned = [*s.velocity.keys(), *s.net.b, s.tau, s.eta.logs]
+        learned = [*s.velocity.keys(), *s.net.b, s.tau, s.eta.lr, s.eta.wd]
         loss, accuracy = finite_means(totals / len(order), learned, epoch + 1, "--lr, --beta or --tau-lr")
 
         # The epoch's record. The test set decides nothing; it is only watched
@@ -973,7 +973,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--batch-size", type=at_least(2), default=96, help="images per step, over all processes [A: DARTS]")
     add("--channels", type=at_least(2), default=36, help="channels of the first cells, even [A: DARTS]")
     add("--layers", type=at_least(3), default=20, help="cells; reductions at 1/3 and 2/3 [A: DARTS]")
-    add("--lr", type=at_least(1e-9), default=0.025, help="learning rate of theta at the start [A: DARTS]")
+    add("--lr", type=at_least(0.0), default=0.025, help="learning rate of theta at the start [A: DARTS]")
     add("--weight-decay", type=at_least(0.0), default=3e-4, help="weight decay at the start [A: DARTS]")
     add("--auxiliary-weight", type=at_least(0.0), default=0.4, help="weight of the auxiliary head's loss [A: DARTS]")
     add("--label-smoothing", type=at_least(0.0, 1.0), default=0.0, help="share of a label that all classes get alike")

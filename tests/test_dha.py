@@ -229,7 +229,9 @@ def test_sgd_step_is_torch_sgd():
 def test_a_step_moves_the_weights_by_v_and_eta_against_its_gradient(monkeypatch, beta):
     monkeypatch.setattr(dha, "GRAD_CLIP", 0.1)
     s, data, args = tiny("--beta", str(beta))
-    assert s.eta.optimizer.param_groups[0]["lr"] == pytest.approx(beta / (7 * (len(data.train_images) // args.batch_size)))
+    assert s.eta.optimizer.param_groups[0]["lr"] == pytest.approx(
+        beta / (7 * (len(data.train_images) // args.batch_size))
+    )
     seen, real, rates = [], dha.hypergradient, []
     squares = torch.zeros(2, dtype=torch.float64)  # Adam's running mean of the gradient's squares
 
@@ -305,10 +307,11 @@ def test_lr_finds_the_best_rate_whatever_it_starts_at_and_however_long_the_run_i
         assert short[0] > 1.5 * start if start < best else short[0] < start / 1.5
 
 
-def test_without_hpo_eta_stays():
-    s, data, args = tiny("--no-hpo")
+@pytest.mark.parametrize("wd", ["3e-4", "0"])
+def test_without_hpo_eta_stays(wd):
+    s, data, args = tiny("--no-hpo", "--weight-decay", wd)
     steps(s, data, args, 3)
-    assert float(s.eta.lr) == pytest.approx(args.lr) and float(s.eta.wd) == pytest.approx(args.weight_decay)
+    assert float(s.eta.lr) == pytest.approx(args.lr) and float(s.eta.wd) == pytest.approx(float(wd))
 
 
 # -------- Data augmentation (Eq. 2) -------------------------------------------------------------------------
