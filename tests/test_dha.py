@@ -229,9 +229,8 @@ def test_sgd_step_is_torch_sgd():
 def test_a_step_moves_the_weights_by_v_and_eta_against_its_gradient(monkeypatch, beta):
     monkeypatch.setattr(dha, "GRAD_CLIP", 0.1)
     s, data, args = tiny("--beta", str(beta))
-    assert s.eta.optimizer.param_groups[0]["lr"] == pytest.approx(
-        beta / (7 * (len(data.train_images) // args.batch_size))
-    )
+    T = 7 * (len(data.train_images) // args.batch_size)
+    assert s.eta.optimizer.param_groups[0]["lr"] == pytest.approx(beta / T)
     seen, real, rates = [], dha.hypergradient, []
     squares = torch.zeros(2, dtype=torch.float64)  # Adam's running mean of the gradient's squares
 
