@@ -201,10 +201,19 @@ def test_what_was_learned_is_in_the_kept_results():
     assert "is every row with DA, by 3.3 to 4.6 points in the mean" in RESULTS
 
 
-def test_lr_falls_alike_in_runs_of_different_lengths():
-    curves = [table.kept_results("length", row)[100]["lr"] for row in table.TABLES["length"]]
-    for rates in zip(*curves):
-        assert max(rates[1:]) < 1.5 * min(rates[1:]) and max(rates) < 2.5 * min(rates)
+def test_what_is_said_of_the_pace_of_eq_3_is_in_the_kept_results():
+    short, middle, long = (table.kept_results("length", row)[100]["lr"] for row in table.TABLES["length"])
+    most = max(max(a, b) / min(a, b) for a, b in zip(middle, long))
+    assert f"lr differs by at most a factor of {most:.1f}." in RESULTS and most < 1.5
+    ratios = [a / b for a, b in zip(short, middle)]
+    assert f"it is {min(ratios):.1f} to {max(ratios):.1f} times as high as with 2,400" in RESULTS
+    for beta, text in (
+        (5, "0.021 to 0.026 with beta 5"),
+        (10, "0.011 to 0.013 with 10"),
+        (20, "0.008 to 0.011 with 20"),
+    ):
+        ends = [result["lr"][-1] for result in table.kept_results("beta", f"beta {beta}").values()]
+        assert text.startswith(f"{min(ends):.3f} to {max(ends):.3f} with") and text in RESULTS
 
 
 def test_what_is_said_of_the_joint_search_is_in_the_kept_results():
