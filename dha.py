@@ -15,8 +15,8 @@ one loss and no validation split, and nothing is retrained.
 
     theta    weights
     tau      14 x 14 logits: which pair of image operations to apply
-    lr, wd   learning rate and weight decay; eta is (log lr, log wd)
-    beta     by how many e-folds lr would move in the whole run, if its gradient always had one sign
+    lr, wd   learning rate and weight decay: the paper's eta. Ours is (log lr, log wd)
+    beta     how far eta could move in the whole run: lr by at most beta factors of e
     alpha    a coefficient for each candidate of a node: each operation on each state (a cell's inputs, earlier nodes)
     b        what Adam trains in place of alpha: 7 numbers per node
     A        random and fixed; alpha is decoded from b = A alpha
@@ -118,7 +118,7 @@ def policy_loss(tau: Tensor, pairs: Tensor, losses: Tensor, weight: str, entropy
     if weight == "p":
         return -(drawn * losses).sum()  # Eq. (2), as printed
 
-    # The importance weight of a draw, less the batch's mean loss; and the entropy, times B as the sum over the images
+    # The loss is a sum over the images, so that the entropy counts B times
     ratio = drawn / drawn.detach()
     entropy = torch.special.entr(p).sum()
     return -(ratio * (losses - losses.mean())).sum() - entropy_weight * len(pairs) * entropy  # Eq. (2)
@@ -174,12 +174,12 @@ class Eta:
     """lr and wd, and how Eq. (3) moves them.
 
     The paper's beta is a step size that it does not give. With plain steps no value suits runs of different lengths:
-    once the loss falls slowly, the mean of dL/dlr hardly depends on lr. What does hardly change from run to run is the
-    share of the gradient's mean in its size. So here eta is (log lr, log wd), and Adam moves it, which divides a
-    gradient by its usual size [C].
+    once the loss falls slowly, the mean of dL/dlr hardly depends on lr. What hardly changes from run to run is how
+    large the gradient's mean is beside its usual size. So here eta is (log lr, log wd), and Adam moves it, which
+    divides a gradient by its usual size [C].
 
-    lr, wd: at the start. beta: by how many e-folds (factors of e) either would move if its gradient always had one
-    sign. steps: T, of the whole run.
+    lr, wd: at the start. steps: T, of the whole run. beta: by how many e-folds (factors of e) either would move in T
+    steps if its gradient always had one sign.
     """
 
     def __init__(self, lr: float, wd: float, beta: float, steps: int, device: torch.device | str = "cpu"):
@@ -779,7 +779,7 @@ def decode_and_freeze(s: Learned, args: argparse.Namespace, image_size: int, fin
         chosen = s.net.alpha_S.any(1).tolist()  # where alpha is 0 on the support nothing is chosen yet
         settled = [k for k in searched if distances[k] <= FREEZE_DISTANCE and chosen[k]]
 
-    # Their search is over; with the last of them that of the network
+    # When no node is left to search, what no node kept is deleted
     for k in settled:
         s.net.freeze(k)
     if all(s.net.frozen):
