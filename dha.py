@@ -16,7 +16,7 @@ one loss and no validation split, and nothing is retrained.
     theta    weights
     tau      14 x 14 logits: which pair of image operations to apply
     lr, wd   learning rate and weight decay: the paper's eta. Ours is (log lr, log wd)
-    beta     how far eta could move in the whole run: lr by at most beta factors of e
+    beta     how many factors of e lr would move by in the whole run if its gradient never changed
     alpha    a coefficient for each candidate of a node: each operation on each state (a cell's inputs, earlier nodes)
     b        what Adam trains in place of alpha: 7 numbers per node
     A        random and fixed; alpha is decoded from b = A alpha
@@ -179,7 +179,7 @@ class Eta:
     divides a gradient by its usual size [C].
 
     lr, wd: at the start. steps: T, of the whole run. beta: by how many e-folds (factors of e) either would move in T
-    steps if its gradient always had one sign.
+    steps if its gradient never changed.
     """
 
     def __init__(self, lr: float, wd: float, beta: float, steps: int, device: torch.device | str = "cpu"):
@@ -987,7 +987,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--da-entropy", type=at_least(0.0), default=0.3, help="lambda_H, weight of the entropy, with ratio [C]")
     add("--tau-lr", type=at_least(0.0), default=1e-3, help="step size of tau; short runs need more [C]")
     add("--no-hpo", action="store_true", help="wd stays, lr falls by a cosine once the search is over [A: ISTA-NAS]")
-    add("--beta", type=at_least(0.0), default=10.0, help="of Eq. (3): e-folds that lr and wd can move in a run [C]")
+    add("--beta", type=at_least(0.0), default=10.0, help="of Eq. (3): e-folds of lr in a run of one gradient [C]")
     add("--genotype", type=os.path.expanduser, help=f"no search: {', '.join(common.GENOTYPES)}, or a file")
     add("--arch-lr", type=at_least(0.0), default=3e-4, help="Adam's learning rate for b [A: ISTA-NAS]")
     add("--b-scale", type=at_least(0.0), default=1e-3, help="standard deviation of b at the start [A: ISTA-NAS]")
