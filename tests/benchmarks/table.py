@@ -15,7 +15,7 @@ import re
 import shlex
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 from threading import Lock
@@ -38,12 +38,14 @@ GIVEN = f"{SMALL} --train-epochs 240 --genotype OUT/genotype-SEED.json"
 STEPS = "--tau-lr 0.02"  # chosen on seeds 100 and 101: the entropy of p(tau) ends at 5.0
 JOINT = f"{SEARCHED} --search-images 500 --search-batch-size 50"
 LARGER = f"{DATA} --limit-train 2000 --channels 24 --search-epochs 20 --train-epochs 120"
+STARTS = (0.0025, 0.01, 0.05, 0.1)  # of lr
 
 TABLES = {  # table: row: command. SEED and OUT are filled in
     "dha": {
         "random genotype": f"dha.py {GIVEN} --no-da --no-hpo",
         "One-Stage ISTA": f"dha.py {SEARCHED} --no-da --no-hpo",
         "random pairs": f"dha.py {SEARCHED} --no-hpo --tau-lr 0",
+        "random pairs, batches of Eq. 3": f"tests/benchmarks/independent.py {SEARCHED} --no-hpo --tau-lr 0",
         "Sequential DHA": f"baseline_sequential.py --method dha {SMALL} --search-epochs 40 --train-epochs 240 {STEPS}",
         "DHA, Eq. 2 as printed": f"dha.py {SEARCHED} --da-weight p --tau-lr 0.05",  # 0.25 collapses
         "DHA": f"dha.py {SEARCHED} {STEPS}",
@@ -61,12 +63,21 @@ TABLES = {  # table: row: command. SEED and OUT are filled in
         "2,400 steps": f"dha.py {SEARCHED} {STEPS}",
         "10,000 steps": f"dha.py {DATA} --limit-train 2000 --search-epochs 40 --train-epochs 210 {STEPS}",
     },
+    "lr": {
+        f"{way} from {lr}": f"dha.py {SEARCHED} --no-da --lr {lr}{flag}"
+        for lr in STARTS
+        for way, flag in (("Eq. 3", ""), ("cosine", " --no-hpo"))
+    },
     "joint": {
         "random genotype": f"joint_darts_faa.py {JOINT} --policy none --genotype OUT/genotype-SEED.json",
         "DARTS": f"joint_darts_faa.py {JOINT} --policy none",
+        "jointly": f"joint_darts_faa.py {JOINT}",
         "random policy": f"joint_darts_faa.py {JOINT} --policy OUT/policy-SEED.json",
         "Faster AA, then DARTS": f"baseline_sequential.py --method faa-darts --faa-epochs 80 {JOINT}",
-        "jointly": f"joint_darts_faa.py {JOINT}",
+        "DARTS' cells, joint policy": f"joint_darts_faa.py {JOINT} --genotype OUT/joint/DARTS_SEED/genotype.json "
+        "--policy OUT/joint/jointly_SEED/policy.json",
+        "joint cells, no policy": f"joint_darts_faa.py {JOINT} --genotype OUT/joint/jointly_SEED/genotype.json "
+        "--policy none",
     },
 }
 REFERENCES = {
@@ -74,7 +85,7 @@ REFERENCES = {
     "larger": ["One-Stage ISTA"],
     "beta": [],
     "length": [],
-    "joint": ["DARTS", "random policy", "Faster AA, then DARTS"],
+    "joint": ["DARTS", "Faster AA, then DARTS", "jointly"],
 }
 WRITING = Lock()
 
@@ -116,11 +127,34 @@ def draws(path: Path) -> dict[str, float] | None:
     return {name: round(float(share), 4) for name, share in zip(policy["operations"], shares)}
 
 
-def run(name: str, row: str, seed: int, mine: argparse.Namespace) -> None:
-    """Start or go on with a run; keep its result."""
+def change(path: Path, images: torch.Tensor) -> float | None:
+    """By the policy.json of a run of the joint search: how much it changes images (B, 3, H, W), uint8; the mean over
+    all pixels, 0 to 1. None without a policy, or where it is one of dha's pairs."""
+    if not path.exists() or "probability" in json.loads(path.read_text()):
+        return None
+    torch.manual_seed(0)
+    images = images / 255
+    augmented = joint_darts_faa.augment(images, joint_darts_faa.load_policy(path))
+    return round(float((augmented - images).abs().mean()), 4)
+
+
+def directory(row: str, seed: int | str) -> str:
+    """The name of a run's directory."""
+    return re.sub(r"\W+", "_", f"{row} {seed}")
+
+
+def needed(name: str, row: str) -> list[str]:
+    """The rows whose runs find what this row is given."""
+    return [other for other in TABLES[name] if f"/{directory(other, 'SEED')}/" in TABLES[name][row]]
+
+
+def run(name: str, row: str, seed: int, mine: argparse.Namespace, before: list[Future]) -> None:
+    """Start or go on with a run, after those `before` it; keep its result."""
+    for other in before:
+        other.result()
     if seed in kept_results(name, row):
         return
-    out = mine.out / name / re.sub(r"\W+", "_", f"{row} {seed}")
+    out = mine.out / name / directory(row, seed)
     command = TABLES[name][row].replace("OUT", str(mine.out)).replace("SEED", str(seed))
     command += f" --seed {seed} --out {out}"
     given = ["--data-dir", mine.data_dir]
@@ -135,29 +169,33 @@ def run(name: str, row: str, seed: int, mine: argparse.Namespace) -> None:
     if code:
         raise SystemExit(f"{row}, seed {seed} ended with {code}: see {out}.log")
 
-    # Its network judged on all test images
+    # Its network judged on all test images, and on its training images as they are
     load = joint_darts_faa.load_network
     if (ROOT / out / "dha.py").exists() or (ROOT / out / "search").exists():
         load = dha.load_model
     net, info = load(ROOT / out / "model.pt")
-    data = common.load_data("folder", mine.data_dir, info["image_size"], limit_train=20)
+    about = json.loads((ROOT / out / "config.json").read_text())
+    limit = int(re.search(r"--limit-train (\d+)", command)[1])
+    data = common.load_data("folder", mine.data_dir, info["image_size"], limit)
     accuracy = dha.evaluate(net, data.test_images, data.test_labels, info["mean"], info["std"])
+    memorised = dha.evaluate(net, data.train_images, data.train_labels, info["mean"], info["std"])
 
     records = [json.loads(line) for line in (ROOT / out / "metrics.jsonl").read_text().splitlines()]
     rates = [records[len(records) * tenth // 10 - 1].get("lr") for tenth in range(1, 11)]
     last = records[-1]
     last = {key: value for key, value in last.items() if key not in ("support", "seconds", "gpus")}
-    about = json.loads((ROOT / out / "config.json").read_text())
     found = json.loads((ROOT / out / "result.json").read_text())
     result = {
         "row": row,
         "seed": seed,
         "test_accuracy": accuracy,
         "test_images": len(data.test_labels),
+        "clean_train_accuracy": memorised,
         **{key: found[key] for key in ("params", "seconds", "search_seconds", "genotype")},
         "last_epoch": last,
         "lr": rates,  # at the end of each tenth of the run
         "draws": draws(ROOT / out / "policy.json"),
+        "change": change(ROOT / out / "policy.json", data.test_images[:1000]),
         "command": f"python {command}",
         **{key: about[key] for key in ("torch", "torchvision", "device")},
     }
@@ -176,22 +214,57 @@ def difference(name: str, row: str, reference: str) -> str:
     return f"{mean(found):+.1f} [{mean(found) - half:+.1f}, {mean(found) + half:+.1f}]"
 
 
+def spread(results: list[dict]) -> str:
+    """Test accuracies: mean ± standard deviation, or a single one."""
+    accuracies = [result["test_accuracy"] for result in results]
+    if len(accuracies) < 2:
+        return " ".join(f"{accuracy:.1f}" for accuracy in accuracies)
+    return f"{mean(accuracies):.1f} ± {stdev(accuracies):.1f}"
+
+
+def table_of_starts() -> str:
+    """Of the table lr: by what lr starts with, test accuracy and mean accuracy on the training images as they are,
+    with Eq. (3) and with the cosine; and the worst start's mean minus the best one's."""
+    lines = [
+        "| lr starts at | Eq. 3: test (%) | training images (%) | cosine: test (%) | training images (%) |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    means = []
+    for lr in STARTS:
+        rows = [list(kept_results("lr", f"{way} from {lr}").values()) for way in ("Eq. 3", "cosine")]
+        if all(rows):
+            train = [mean(result["clean_train_accuracy"] for result in results) for results in rows]
+            means.append([mean(result["test_accuracy"] for result in results) for results in rows])
+            cells = [f"{spread(results)} | {right:.1f}" for results, right in zip(rows, train)]
+            lines.append(f"| {lr} | {' | '.join(cells)} |")
+    if means:
+        costs = [f"{min(column) - max(column):.1f}" for column in zip(*means)]
+        lines.append(f"| worst minus best | {costs[0]} | | {costs[1]} | |")
+    return "\n".join(lines)
+
+
 def table(name: str) -> str:
     """A table as Markdown: test accuracies with their standard deviation over seeds, differences with their 95 %
-    t-interval, mean accuracy in the last epoch on the training images as they were augmented, mean parameters."""
+    t-interval, mean accuracy in the last epoch on the training images as they were augmented, of the trained network
+    on the same images as they are (where it is kept), mean parameters. A row without a result is left out."""
+    if name == "lr":
+        return table_of_starts()
     references = REFERENCES[name]
-    head = ["", "seeds", "test (%)", *(f"minus {row}" for row in references), "train (%)", "parameters"]
+    rows = {row: list(kept_results(name, row).values()) for row in TABLES[name]}
+    rows = {row: results for row, results in rows.items() if results}
+    clean = all("clean_train_accuracy" in result for results in rows.values() for result in results)
+    head = ["", "seeds", "test (%)", *(f"minus {row}" for row in references), "train (%)"]
+    head += ["as they are (%)"] * clean + ["parameters"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
-    for row in TABLES[name]:
-        results = list(kept_results(name, row).values())
-        cells = [row, str(len(results))]
+    for row, results in rows.items():
+        cells = [row, str(len(results)), spread(results)]
         if len(results) < 2:
-            cells += [" ".join(f"{result['test_accuracy']:.1f}" for result in results)] + [""] * (len(head) - 3)
+            cells += [""] * (len(head) - 3)
         else:
-            accuracies = [result["test_accuracy"] for result in results]
-            cells.append(f"{mean(accuracies):.1f} ± {stdev(accuracies):.1f}")
             cells += [difference(name, row, reference) for reference in references]
             cells.append(f"{mean(result['last_epoch']['train_accuracy'] for result in results):.0f}")
+            if clean:
+                cells.append(f"{mean(result['clean_train_accuracy'] for result in results):.1f}")
             cells.append(f"{mean(result['params'] for result in results) / 1000:.1f} k")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -228,10 +301,14 @@ def main() -> None:
         seeds = range(mine.first_seed, mine.first_seed + mine.seeds)
         for seed in seeds:
             prepare(ROOT / mine.out, seed)
-        runs = [(row, seed) for seed in seeds for row in TABLES[mine.table]]
         pool = ThreadPoolExecutor(mine.jobs)
         try:
-            for done in [pool.submit(run, mine.table, row, seed, mine) for row, seed in runs]:
+            runs = {}
+            for seed in seeds:
+                for row in TABLES[mine.table]:
+                    before = [runs[other, seed] for other in needed(mine.table, row)]
+                    runs[row, seed] = pool.submit(run, mine.table, row, seed, mine, before)
+            for done in runs.values():
                 done.result()
         finally:  # a run that fails, or Ctrl-C, starts no other
             pool.shutdown(cancel_futures=True)
