@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 import common
 
 COMMAND = (
-    "joint_darts_faa.py --dataset folder --image-size 16 --search-epochs 25 --search-channels 8 --search-layers 3 "
+    "joint_darts_faa.py --dataset folder --image-size 16 --search-epochs 25 --search-channels 4 --search-layers 3 "
     "--search-only"
 )
 COLOUR = "Invert AutoContrast Equalize Solarize Posterize Contrast Color Brightness Sharpness".split()
