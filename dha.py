@@ -987,7 +987,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--da-entropy", type=at_least(0.0), default=0.3, help="lambda_H, weight of the entropy, with ratio [C]")
     add("--tau-lr", type=at_least(0.0), default=1e-3, help="step size of tau; short runs need more [C]")
     add("--no-hpo", action="store_true", help="wd stays, lr falls by a cosine once the search is over [A: ISTA-NAS]")
-    add("--beta", type=at_least(0.0), default=10.0, help="of Eq. (3): e-folds of lr in a run of one gradient [C]")
+    add("--beta", type=at_least(0.0), default=10.0, help="Eq. (3): e-folds of lr if its gradient never changed [C]")
     add("--genotype", type=os.path.expanduser, help=f"no search: {', '.join(common.GENOTYPES)}, or a file")
     add("--arch-lr", type=at_least(0.0), default=3e-4, help="Adam's learning rate for b [A: ISTA-NAS]")
     add("--b-scale", type=at_least(0.0), default=1e-3, help="standard deviation of b at the start [A: ISTA-NAS]")

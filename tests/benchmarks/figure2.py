@@ -106,8 +106,9 @@ def main() -> None:
             words = [sys.executable, *COMMAND.split(), "--seed", str(seed), "--out", f"{mine.out}/{seed}", *given]
             searches[seed] = subprocess.Popen(words, cwd=ROOT, env=env)
         for seed, search in searches.items():
-            if search.wait() == 0:
-                keep(ROOT / mine.out / str(seed), seed)
+            if search.wait():
+                raise SystemExit(f"the search of seed {seed} ended with {search.returncode}")
+            keep(ROOT / mine.out / str(seed), seed)
     print(table())
 
 
