@@ -63,7 +63,7 @@ import common
 from common import FactorizedReduce, Genotype, InputError
 
 LR_RANGE = (1e-4, 0.1)  # where Eq. (3) may move lr [C]
-WD_RANGE = (1e-4, 1e-2)  # and wd [C]: a training loss has no use for weight decay, which ends at the lower limit
+WD_RANGE = (1e-4, 1e-2)  # and wd [C]: a training loss often drives it to the lower limit, which is then the choice
 GRAD_CLIP = 5.0  # largest norm of the weights' gradient [A: DARTS]
 LASSO = 1e-5  # lambda of Eq. (4) [A: ISTA-NAS]
 FREEZE_DISTANCE = 1e-3  # a node whose alpha moved no more than this in an epoch is frozen [A: ISTA-NAS]
