@@ -18,7 +18,7 @@ one loss and no validation split, and nothing is retrained.
     lr, wd   learning rate and weight decay: the paper's eta. Ours is (log lr, log wd)
     beta     how many factors of e lr would move by in the whole run if its gradient never changed
     alpha    a coefficient for each candidate of a node: each operation on each state (a cell's inputs, earlier nodes)
-    b        what Adam trains in place of alpha: 7 numbers per node
+    b        a short code of alpha, which Adam trains in its place: 7 numbers per node
     A        random and fixed; alpha is decoded from b = A alpha
 
 A node's support is what it keeps and runs: the largest |alpha| of each state, and of these the two largest. It is the
@@ -81,7 +81,7 @@ def sample_pairs(tau: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def apply_pairs(images: Tensor, pairs: Tensor) -> Tensor:
-    """T_k(x_k): each image through its pair, first, then second; magnitudes from U(-1, 1) [P, A].
+    """T_k(x_k): each image through its pair, first, then second; magnitudes from U(-1, 1) [P: uniform].
 
     images (B, 3, H, W) in [0, 1], pairs (B,).
     """
@@ -98,15 +98,15 @@ def policy_loss(tau: Tensor, pairs: Tensor, losses: Tensor, weight: str, entropy
     importance weight". `weight` says how that is read; l_j is the mean loss of images with pair j:
 
     "ratio", the default of this script [C]: what statistics calls the importance weight of a draw from p, p_k(tau) over
-    p_k(tau held fixed). Its value is 1, its gradient that of log p_k. In expectation tau_j rises by
+    p_k(tau held fixed). Its value is 1, its gradient that of log p_k. In expectation it moves tau_j in the direction of
     B p_j (l_j - sum_i p_i l_i): pairs that are harder than the mean gain. The batch's mean loss is subtracted, which
     takes noise away and changes B to B - 1. entropy_weight, lambda_H, adds the entropy H of p: the maximum of
     sum_i p_i l_i + lambda_H H is at p_i proportional to exp(l_i / lambda_H), so that no pair takes all.
 
-    "p", the probability itself, as printed [P]; it is here to reproduce the paper. (The authors' code weights all
-    images alike.) But the pairs are drawn from p already. In expectation tau_j rises by
-    B p_j (p_j l_j - sum_i p_i^2 l_i): of two pairs with the same loss the more probable one gains. Small steps leave p
-    near uniform, large ones end on one pair.
+    "p", the probability itself, as printed [P, A]; it is here to reproduce the paper. (The public code has the mean
+    over the images in place of the sum.) But the pairs are drawn from p already. In expectation tau_j moves in the
+    direction of B p_j (p_j l_j - sum_i p_i^2 l_i): of two pairs with the same loss the more probable one gains. Small
+    steps leave p near uniform, large ones end on one pair.
 
     Raises ValueError for another weight.
     """
@@ -155,8 +155,9 @@ def hypergradient(
     the products below would add 0. The weights and the v before the step count as constant (end of section 2.2).
 
     The paper takes L on "a mini-batch". Here that is the batch of the next iteration [C], at the support, b and tau of
-    that iteration: its gradient is computed anyway, so that Eq. (3) costs no second pass (the authors' code pays one).
-    So L contains the auxiliary head's loss and the label smoothing, which the authors' L does not [C].
+    that iteration: its gradient is computed anyway, so that Eq. (3) costs no second pass. So L is of images that went
+    through pairs, and contains the auxiliary head's loss and the label smoothing. (The public code pays a second pass,
+    and its L has none of the three.)
     """
     # Each as one vector, with a number for every weight
     g = torch.cat([tensor.flatten() for tensor in grads])
@@ -174,12 +175,12 @@ class Eta:
     """lr and wd, and how Eq. (3) moves them.
 
     The paper's beta is a step size that it does not give. With plain steps no value suits runs of different lengths:
-    once the loss falls slowly, the mean of dL/dlr hardly depends on lr. What hardly changes from run to run is how
-    large the gradient's mean is beside its usual size. So here eta is (log lr, log wd), and Adam moves it, which
-    divides a gradient by its usual size [C].
+    once the loss falls slowly, the mean of dL/dlr hardly depends on lr. What hardly changed between runs of 2,500 and
+    of 40,000 steps is how large the gradient's mean is beside its usual size. So here eta is (log lr, log wd), and Adam
+    without momentum moves it, which divides a gradient by its usual size [C].
 
-    lr, wd: at the start. steps: T, of the whole run. beta: by how many e-folds (factors of e) either would move in T
-    steps if its gradient never changed.
+    lr, wd: at the start; a step leaves them in LR_RANGE and WD_RANGE. steps: T, of the whole run if the search is not
+    cut short. beta: by how many e-folds (factors of e) either would move in T steps if its gradient never changed.
     """
 
     def __init__(self, lr: float, wd: float, beta: float, steps: int, device: torch.device | str = "cpu"):
@@ -244,8 +245,8 @@ def ista(A: Tensor, b: Tensor, lam: float, tolerance: float = 1e-9, rounds: int 
     G = A_cpu.mT @ A_cpu  # A^T A (..., n, n)
     c = A_cpu.mT @ b_cpu  # A^T b (..., n, 1)
 
-    # L of Eq. (4), by which it divides, is the Lipschitz constant of the gradient (..., 1, 1). (The paper's text calls
-    # the weight of |alpha|_1 L, too: here it is lam)
+    # L of Eq. (4), by which it divides, is the Lipschitz constant of the gradient (..., 1, 1). (The paper's text says
+    # that L is the LASSO formulation, that is, what alpha minimizes)
     L = torch.linalg.matrix_norm(G, 2, keepdim=True).clamp(min=1e-30)
     alpha = torch.zeros_like(c)
 
@@ -478,8 +479,9 @@ class SparseSupernet(nn.Module):
         """What multiplies the outputs of node k's support, (kept,): section 2.3's b^T A - alpha^T E with E = A^T A - I.
 
         First alpha is set to 0 off the support, then E is applied, and the entries of the support are taken [A:
-        ISTA-NAS]: alpha_S + A_S^T (b - A_S alpha_S). These are the entries of alpha only if it has no other non-zeros.
-        alpha is constant here, so that the gradient goes to b. For a frozen node all is constant.
+        ISTA-NAS]: alpha_S + A_S^T (b - A_S alpha_S). The second term is what the non-zeros of alpha off the support
+        gave to b; without such it is at most lam. alpha is constant here, so that the gradient goes to b. For a frozen
+        node all is constant.
         """
         if self.frozen[k]:
             return self.factors[k]
@@ -615,8 +617,8 @@ def start_within_limits(net: SparseSupernet, args: argparse.Namespace, image_siz
 
         # A column of A is the code of an alpha that is 1 there and 0 elsewhere
         k = draw % len(net.b)
-        candidates = int(net.A[k].any(0).sum())
-        chosen = int(torch.randint(candidates, ()))
+        count = int(net.A[k].any(0).sum())  # of the node's candidates
+        chosen = int(torch.randint(count, ()))
         before = net.b[k].clone()
         code = net.A[k][:, chosen] + 0.02 * torch.randn_like(before)
         net.b[k].copy_(args.b_scale * code)
@@ -873,7 +875,8 @@ def search_and_train(s: Learned, args: argparse.Namespace, data: common.Data, hi
         torch.manual_seed(1_009 * seed + RANK)
 
         # With Eq. (3) each batch is drawn from all images, so that an epoch may see an image twice [C]: the next batch
-        # must be independent of those in v. Batches of one permutation share no image, which biases dL/dlr upwards
+        # must be independent of those in v. Batches of one permutation share no image, which biases dL/dlr upwards, so
+        # that lr falls too early
         independent = not args.no_hpo
         count = len(data.train_images)
         order = common.batch_indices(count, args.batch_size, seed, RANK, WORLD, independent).to(device)
@@ -940,7 +943,8 @@ PRESETS = {
     ),
     "imagenet": dict(  # [A: DARTS; its warm-up ISTA-NAS]
         dataset="imagenet", train_epochs=250, batch_size=128, channels=48, layers=14, lr=0.1, warmup_epochs=5,
-        weight_decay=1e-4, label_smoothing=0.1, drop_path=0.0, cutout=0,  # DARTS' wd, 3e-5, is not in WD_RANGE
+        label_smoothing=0.1, drop_path=0.0, cutout=0,
+        weight_decay=1e-4,  # DARTS' 3e-5 is not in WD_RANGE. lr starts at the upper end of its range
     ),
 }  # fmt: skip
 MOBILENET = dict(channels=32, layers=21, auxiliary_weight=0.0, drop_path=0.0)  # ProxylessNAS' size

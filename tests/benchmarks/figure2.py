@@ -102,13 +102,15 @@ def main() -> None:
         env = {**os.environ, "OMP_NUM_THREADS": str(max(os.cpu_count() // len(mine.seeds), 1))}
         given = ["--data-dir", str(Path(mine.data_dir).absolute()), "--resume"]
         searches = {}
-        for seed in set(mine.seeds) - {kept["seed"] for kept in kept_searches()}:
+        for seed in sorted(set(mine.seeds) - {kept["seed"] for kept in kept_searches()}):
             words = [sys.executable, *COMMAND.split(), "--seed", str(seed), "--out", f"{mine.out}/{seed}", *given]
             searches[seed] = subprocess.Popen(words, cwd=ROOT, env=env)
         for seed, search in searches.items():
-            if search.wait():
+            if search.wait() == 0:
+                keep(ROOT / mine.out / str(seed), seed)
+        for seed, search in searches.items():
+            if search.returncode:
                 raise SystemExit(f"the search of seed {seed} ended with {search.returncode}")
-            keep(ROOT / mine.out / str(seed), seed)
     print(table())
 
 

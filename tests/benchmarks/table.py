@@ -18,7 +18,7 @@ import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
-from threading import Lock
+from threading import Event, Lock
 
 import scipy.stats
 import torch
@@ -258,14 +258,11 @@ def table(name: str) -> str:
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for row, results in rows.items():
         cells = [row, str(len(results)), spread(results)]
-        if len(results) < 2:
-            cells += [""] * (len(head) - 3)
-        else:
-            cells += [difference(name, row, reference) for reference in references]
-            cells.append(f"{mean(result['last_epoch']['train_accuracy'] for result in results):.0f}")
-            if clean:
-                cells.append(f"{mean(result['clean_train_accuracy'] for result in results):.1f}")
-            cells.append(f"{mean(result['params'] for result in results) / 1000:.1f} k")
+        cells += [difference(name, row, reference) for reference in references]
+        cells.append(f"{mean(result['last_epoch']['train_accuracy'] for result in results):.0f}")
+        if clean:
+            cells.append(f"{mean(result['clean_train_accuracy'] for result in results):.1f}")
+        cells.append(f"{mean(result['params'] for result in results) / 1000:.1f} k")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -302,15 +299,26 @@ def main() -> None:
         for seed in seeds:
             prepare(ROOT / mine.out, seed)
         pool = ThreadPoolExecutor(mine.jobs)
+        failed = Event()
+
+        def attempt(*what) -> None:
+            """A run, unless one has failed."""
+            if not failed.is_set():
+                try:
+                    run(*what)
+                except BaseException:
+                    failed.set()
+                    raise
+
         try:
             runs = {}
             for seed in seeds:
                 for row in TABLES[mine.table]:
                     before = [runs[other, seed] for other in needed(mine.table, row)]
-                    runs[row, seed] = pool.submit(run, mine.table, row, seed, mine, before)
+                    runs[row, seed] = pool.submit(attempt, mine.table, row, seed, mine, before)
             for done in runs.values():
                 done.result()
-        finally:  # a run that fails, or Ctrl-C, starts no other
+        finally:  # after Ctrl-C no run starts either
             pool.shutdown(cancel_futures=True)
         if mine.table == "length":
             draw_rates(mine.table)
