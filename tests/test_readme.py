@@ -238,7 +238,7 @@ SAID = [
     ("dha", "DHA", "DHA without NAS", "DHA against DHA without NAS: {mean} {interval}"),
     ("dha", "DHA", "DHA without HPO", "DHA against DHA without HPO: {mean} {interval}"),
     ("dha", "DHA without DA", "One-Stage ISTA", "DHA without DA against One-Stage ISTA {mean} {interval}"),
-    ("dha", "random pairs, batches of Eq. 3", "random pairs", "Random pairs have {size} more with these batches {interval}"),
+    ("dha", "random pairs, batches of Eq. 3", "random pairs", "Random pairs gain {size} by these batches {interval}"),
     ("dha", "DHA, Eq. 2 as printed", "random pairs, batches of Eq. 3", "and {size} behind it {interval}"),
     ("dha", "Sequential DHA", "DHA", "Sequential DHA against DHA {mean} {interval}"),
     ("dha", "random genotype", "One-Stage ISTA", "a random genotype against One-Stage ISTA {mean} {interval}"),
@@ -277,15 +277,12 @@ def test_what_is_said_of_the_starts_of_lr_is_in_the_kept_results():
     costs = [float(cell) for cell in last.split("|")[2:5:2]]
     assert f"costs {-costs[0]:.1f} points with Eq. 3, {-costs[1]:.1f} with the cosine" in RESULTS
     means = [
-        [mean(result["test_accuracy"] for result in rows[f"{way} from {lr}"]) for lr in table.STARTS]
-        for way in WAYS
+        [mean(result["test_accuracy"] for result in rows[f"{way} from {lr}"]) for lr in table.STARTS] for way in WAYS
     ]
     low, high = [min(column) for column in means], [max(column) for column in means]
     assert "end alike ({:.1f} and {:.1f} %)".format(*low) in RESULTS
     assert "with Eq. 3 ({:.1f} and {:.1f} %)".format(*reversed(high)) in RESULTS
-    right = [
-        mean(result["clean_train_accuracy"] for result in rows[f"{way} from 0.0025"]) for way in WAYS
-    ]
+    right = [mean(result["clean_train_accuracy"] for result in rows[f"{way} from 0.0025"]) for way in WAYS]
     text = "from 0.0025 a network ends with {:.0f} % of them right, with the cosine {:.0f} %."
     assert text.format(*right) in RESULTS
     seeds = [{result["seed"]: result["clean_train_accuracy"] for result in rows[f"{way} from 0.0025"]} for way in WAYS]
