@@ -36,7 +36,8 @@ support. A node whose alpha hardly moves is frozen: its support is final, and it
 --search-epochs all nodes are frozen. Then the other candidates are deleted, and the same weights train on.
 
 Marks: [P] the paper says so. [A] public code does: https://github.com/gitkaichenzhou/DHA, or that of the named method,
-https://github.com/quark0/darts, https://github.com/iboing/ISTA-NAS. [C] our choice, because neither says.
+https://github.com/quark0/darts, https://github.com/iboing/ISTA-NAS. [C] our choice, where neither says or we depart
+from both.
 """
 
 import argparse

@@ -119,7 +119,7 @@ def alike(seed: int, loss: float, steps: int, flags: list[str]) -> int | None:
 
 
 def authors(seed: int, epochs: int) -> None:
-    """Eq. 2 as gitkaichenzhou/DHA has it, with the numbers of conf/ista/cifar100_ista_single_doal.json."""
+    """Eq. 2 as kaichen-z/DHA has it, with conf/ista/cifar100_ista_single_doal.json of gitkaichenzhou/DHA, ae6ae8d."""
     torch.manual_seed(seed)
     count = len(dha.AUGMENTATIONS)
     tau = torch.full((count, count), 1 / count**2, requires_grad=True)
@@ -128,10 +128,12 @@ def authors(seed: int, epochs: int) -> None:
     mean_loss[:39] = 1.2
     for phase, step_size in (("search", 0.02), ("training", 0.05)):
         optimizer.param_groups[0]["lr"] = step_size
-        for _ in range(epochs):
+        for epoch in range(epochs):
             noise = -torch.empty(count**2).exponential_().log()  # Gumbel; the temperature is 2
             drawn_from = ((noise + tau.detach().flatten().log_softmax(0)) / 2).softmax(0)
-            for _ in range(520):  # batches of 96 images
+            if epoch == 0:
+                drawn_from = torch.ones(count**2)  # all alike
+            for _ in range(521):  # batches of 96 images
                 pairs = torch.multinomial(drawn_from, 96, replacement=True)
                 losses = mean_loss[pairs] * torch.empty(96).exponential_()  # whose deviation is its mean
                 optimizer.zero_grad()
