@@ -414,17 +414,20 @@ def compare(folders: list[str]) -> str:
         try:
             result = json.loads((folder / "result.json").read_text())
             settings = json.loads((folder / "config.json").read_text())["args"]
-            numbers = [float(result[name]) for name in ("test_accuracy", "params", "search_seconds", "gpu_hours")]
+            names = ("test_accuracy", "params", "search_seconds", "gpu_hours", "seed")
+            numbers = [float(result[name]) for name in names]
 
-            # A baseline's settings are also those of its last part, but for what it was handed
+            # A baseline's settings are those of its last part, but for what it was handed. Faster AA has its own, too
+            own = settings if settings.get("method") == "faa-darts" else {}
             for part, handed in {"darts": "policy", "train": "genotype"}.items():
                 file = folder / part / "config.json"
                 if file.exists():
-                    settings.update(json.loads(file.read_text())["args"])
-                    del settings[handed]
+                    settings = {**json.loads(file.read_text())["args"], **own}
+                    if settings[handed] != "none":
+                        del settings[handed]
 
             # Places and the seed are no settings, and the preset and `rest` only set other flags
-            hidden = {*PLACES, "seed", "compare", "preset", "rest"}
+            hidden = {*PLACES, "seed", "compare", "preset", "rest"} - {"amp"}
             if result["dataset"] == "folder":
                 hidden.remove("data_dir")
             shown = [(name, str(value)) for name, value in settings.items() if name not in hidden]
@@ -441,12 +444,14 @@ def compare(folders: list[str]) -> str:
     for (dataset, method, settings), results in sorted(rows.items()):
         shared = set.intersection(*[set(key[2]) for key in rows if key[:2] == (dataset, method)])
         differing = [f"{name} {value}" for name, value in settings if (name, value) not in shared]
-        accuracies, params, search, hours = zip(*results)
+        accuracies, params, search, hours, seeds = zip(*results)
+        if len(set(seeds)) < len(seeds):
+            print(f"note: {method} on {dataset} has a seed more than once")
         score = f"{mean(accuracies):.2f}"
         if len(accuracies) > 1:
             score += f" ± {stdev(accuracies):.2f}"
         cost = f"{mean(params) / 1e6:.3g} M | {mean(search) / 3600:.2f} | {mean(hours):.2f}"
-        lines.append(f"| {method} | {dataset} | {len(results)} | {score} | {cost} | {', '.join(differing)} |")
+        lines.append(f"| {method} | {dataset} | {len(set(seeds))} | {score} | {cost} | {', '.join(differing)} |")
     return "\n".join(lines)
 
 
@@ -457,7 +462,7 @@ def compare(folders: list[str]) -> str:
 PRESETS = {
     "paper": {},  # the defaults of the flags
     "quick": dict(dataset="shapes", faa_epochs=6, faa_batch_size=64, depth=10, width=1, policy_lr=1e-2),
-    "imagenet": dict(dataset="imagenet"),  # for --method dha
+    "imagenet": dict(dataset="imagenet"),
 }
 
 
@@ -473,7 +478,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument_group("what to run, on what").add_argument
     add("--method", choices=["faa-darts", "darts", "dha"], help="which baseline")
     add("--compare", metavar="DIR", nargs="+", help="print a table of finished runs of any script, and stop")
-    add("--preset", choices=list(PRESETS), default="paper", help="sets the flags that are not given")
+    add("--preset", choices=list(PRESETS), default="paper", help="sets the flags that are not given; imagenet: for dha")
     add("--dataset", choices=common.DATASETS, default="cifar10", help="data set")
     add("--seed", type=at_least(0, 2**31), default=0, help="seed of everything random")
     add("--out", type=os.path.expanduser, help="run directory; None is runs/<script>-<dataset>-seed<seed>")
@@ -513,7 +518,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if (args.depth - 4) % 6 or args.faa_batch_size % 2:
         parser.error("--depth must be 6 n + 4 (10, 16, ..., 40), --faa-batch-size even: half of it is augmented")
 
-    handed = ("--policy", "--search-only")
+    if args.preset == "imagenet" and args.method != "dha":
+        parser.error("--preset imagenet is for --method dha")
+
+    handed = ("--policy", "--search-only", "--genotype")
     if args.method == "dha":
         handed = ("--genotype", "--no-da", "--no-hpo")
     for flag in rest:

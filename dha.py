@@ -832,6 +832,8 @@ def prepare_dha(args: argparse.Namespace, device: torch.device) -> tuple[common.
     if WORLD > 1 and RANK == 0:
         dist.barrier()
     common.batch_indices(len(data.train_images), args.batch_size, 0, RANK, WORLD)  # can the processes share a batch?
+    if args.cutout > data.train_images.shape[3]:
+        raise InputError(f"--cutout {args.cutout} is more than the side of an image: give less")
 
     # The architecture: given, or searched from a random start. A resumed run reads its own copy of what was given
     support = None
@@ -955,7 +957,10 @@ MOBILENET_QUICK = dict(channels=8, layers=11, search_epochs=2, train_epochs=6, b
 def parse_args(argv: list[str]) -> argparse.Namespace:
     summary = __doc__.split("\n")[0] + " [P] paper, [A] public code, [C] our choice."
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [flags]", description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        usage="%(prog)s [flags]",
+        description=summary,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
 
     add = parser.add_argument_group("what to run, on what").add_argument
@@ -1001,7 +1006,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--max-flops", type=at_least(1), help="Eq. (1): reject supports with more multiply-adds per image")
 
     # The preset replaces defaults, which --help then shows; flags that are given win
-    first_look = argparse.ArgumentParser(usage=parser.usage, add_help=False)
+    first_look = argparse.ArgumentParser(usage=parser.usage, add_help=False, allow_abbrev=False)
     first_look.add_argument("--preset", default="paper")
     first_look.add_argument("--space", default="cells")
     given = first_look.parse_known_args(argv)[0]
@@ -1517,7 +1522,7 @@ def draw_layers(path: Path, net: MobileSupernet) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Augmentations: images (B, 3, H, W) float in [0, 1], magnitude (B,) in [0, 1], in [-1, 1] for those in SIGNED.
-# Where an operation has a magnitude, 0 is the identity. Ranges are AutoAugment's. The input is never changed;
+# Where an operation has a magnitude, 0 is the identity. Ranges are AutoAugment's [C]. The input is never changed;
 # the result lies in [0, 1].
 # ---------------------------------------------------------------------------------------------------------------------
 

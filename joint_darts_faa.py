@@ -14,22 +14,22 @@ https://arxiv.org/abs/2012.09407; equation numbers are the paper's. Its parts ar
 order) and Faster AutoAugment (Hataya et al., ECCV 2020, without its critic).
 
     w       weights of the network
-    alpha   logits of the 8 operations of an edge
+    alpha   logits of the 8 candidates of an edge, which are layers
     L, K    number of sub-policies of the policy, and of stages of a sub-policy
-    z       logit of an operation's selection, in a stage of a sub-policy. eta: temperature of the selection
+    z       logit of an image operation's selection, in a stage of a sub-policy. eta: temperature of the selection
     p, mu   probability that an operation is applied once it is selected, and how strongly
 
 The training images are split in two, D_train and D_val. One iteration (Alg. 1):
 
     1. take a batch of D_val, cropped and flipped; every image draws one of the L sub-policies
     2. in each stage an image becomes the weighted sum of what all 16 operations make of it        Eqs. (1) to (3)
-    3. in the network every edge is the weighted sum of its candidate operations                   Eq. (5)
+    3. in the network every edge is the weighted sum of its candidates                             Eq. (5)
     4. move z, p, mu and alpha to lower the loss: one backward pass, w fixed (xi = 0)              Eqs. (8), (9)
     5. take a batch of D_train, treat it as in 1 to 3, and move w to lower the loss                Eq. (10)
 
-After the search the strongest operations make a network. It is trained from scratch with the policy, which now draws
+After the search the strongest candidates make a network. It is trained from scratch with the policy, which now draws
 its operations instead of weighting them. Images are always cropped and flipped before the policy. In the final training
-cutout follows the policy [P]; in the search there is none [C].
+cutout follows the policy [P: of the baseline]; in the search there is none [A: DARTS].
 
 Marks: [P] the paper says so. [A] public code does: DARTS', https://github.com/quark0/darts, or Faster AutoAugment's,
 https://github.com/moskomule/dda, branch fasteraa. [C] our choice, where neither says or we depart from both.
@@ -197,7 +197,8 @@ class Beginnings(nn.Module):
     """What each operation on a state (B, C, H, W) begins with, by the operation's name; made once per state, for speed.
 
     Convolutions begin with a ReLU, a skip-connection with the state itself. The pools are here as a whole, each with
-    the batch norm that DARTS' search puts after it: nothing in them learns, so that one serves all edges.
+    the batch norm that DARTS' search puts after it: fix_batch_norms leaves nothing there that learns, so that one
+    serves all edges.
     """
 
     def __init__(self, channels: int, stride: int):
@@ -497,6 +498,8 @@ def prepare_joint(args: argparse.Namespace, device: torch.device) -> tuple[commo
             common.batch_indices(half, args.search_batch_size, 0, RANK, WORLD)
     if not args.search_only:
         common.batch_indices(count, args.batch_size, 0, RANK, WORLD)
+        if args.cutout > data.train_images.shape[3]:
+            raise InputError(f"--cutout {args.cutout} is more than the side of an image: give less")
         if args.auxiliary_weight:
             common.check_auxiliary(data.train_images.shape[3])
 
@@ -585,7 +588,7 @@ def search(
             record["selection"] = dict(zip(AUGMENTATIONS, s.policy.selection().mean((0, 1)).tolist()))
         print(
             f"epoch {epoch + 1}  search  L_train {loss:.3f} {accuracy:.1f} %  "
-            f"L_val {val_loss:.3f} {val_accuracy:.1f} %  lr {lr:.4f}  normal cell: {skips} of 8 skip"
+            f"L_val {val_loss:.3f} {val_accuracy:.1f} %  lr {lr:.4f}  normal cell: {skips} of {len(found.normal)} skip"
         )
         if skips > 4 and not genotype:
             print("warning: most operations of the normal cell are skip-connections: the search may be collapsing.")
@@ -699,7 +702,10 @@ PRESETS = {
 def parse_args(argv: list[str]) -> argparse.Namespace:
     summary = __doc__.split("\n")[0] + " [P] paper, [A] public code, [C] our choice."
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [flags]", description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        usage="%(prog)s [flags]",
+        description=summary,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
 
     add = parser.add_argument_group("what to run, on what").add_argument
@@ -742,7 +748,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--cutout", type=at_least(0), default=16, help="side of the square, in pixels [A: DARTS]")
 
     # The preset replaces defaults, which --help then shows; flags that are given win
-    first_look = argparse.ArgumentParser(usage=parser.usage, add_help=False)
+    first_look = argparse.ArgumentParser(usage=parser.usage, add_help=False, allow_abbrev=False)
     first_look.add_argument("--preset", default="paper")
     preset = first_look.parse_known_args(argv)[0].preset
     parser.set_defaults(**PRESETS.get(preset, {}))
@@ -1161,7 +1167,7 @@ def main(argv: list[str]) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Augmentations: images (B, 3, H, W) float in [0, 1], magnitude (B,) in [0, 1], in [-1, 1] for those in SIGNED.
-# Where an operation has a magnitude, 0 is the identity. Ranges are AutoAugment's. The input is never changed;
+# Where an operation has a magnitude, 0 is the identity. Ranges are AutoAugment's [C]. The input is never changed;
 # the result lies in [0, 1].
 # ---------------------------------------------------------------------------------------------------------------------
 

@@ -272,7 +272,7 @@ QUICK, FOLDER = "--preset quick", "--dataset folder"
 SPLITS = [  # flags of two runs of one row, then of another row; the settings that are named
     (dha, f"{QUICK} --gpu 0", f"{QUICK} --lr 5e-2 --workers 2", f"{QUICK} --lr 0.01", "lr 0.05", "lr 0.01"),
     (dha, "--dataset shapes", "--dataset shapes --data-dir x", "--dataset shapes --lr 1e-2", "lr 0.025", "lr 0.01"),
-    (dha, FOLDER, f"{FOLDER} --amp", f"{FOLDER} --data-dir dogs", "data_dir data", "data_dir dogs"),
+    (dha, FOLDER, f"{FOLDER} --workers 1", f"{FOLDER} --data-dir dogs", "data_dir data", "data_dir dogs"),
     (joint, QUICK, f"{QUICK} --data-dir x", f"{QUICK} --policy none", "policy None", "policy none"),
     (baseline, "--method dha --gpu 0 --lr 0.01", "--method dha --gpu 1 --lr=1e-2", "--method dha",
      "lr 0.01", "lr 0.025"),
@@ -280,6 +280,8 @@ SPLITS = [  # flags of two runs of one row, then of another row; the settings th
      f"--method darts {FOLDER} --data-dir dogs", "data_dir data", "data_dir dogs"),
     (baseline, "--method faa-darts", "--method faa-darts --workers 0", "--method faa-darts --penalty 1",
      "penalty 10.0", "penalty 1.0"),
+    (baseline, "--method faa-darts", "--method faa-darts --gpu 1", "--method faa-darts --sub-policies 2",
+     "sub_policies 10", "sub_policies 2"),
 ]  # fmt: skip
 
 
@@ -291,11 +293,24 @@ def test_compare_keeps_different_settings_apart_and_names_them(script, one, same
     assert {row[3]: row[7] for row in rows_of(baseline.compare(runs))} == {"91.00 ± 1.41": first, "80.00": second}
 
 
-def test_compare_counts_a_run_once(tmp_path):
+def test_compare_counts_a_run_once(tmp_path, capsys):
     run, copy = (fake_run(tmp_path / name, dha, "--seed 1", accuracy) for name, accuracy in (("a", 90.0), ("b", 80.0)))
     several = [run, run, "a", str(tmp_path / "b" / ".." / "a")]
     assert [row[2:4] for row in rows_of(baseline.compare(several))] == [["1", "90.00"]]
-    assert [row[2:4] for row in rows_of(baseline.compare([run, copy]))] == [["2", "85.00 ± 7.07"]]
+    assert [row[2:4] for row in rows_of(baseline.compare([run, copy]))] == [["1", "85.00 ± 7.07"]]
+    assert "has a seed more than once" in capsys.readouterr().out
+
+
+def test_compare_keeps_amp_apart(tmp_path):
+    runs = [fake_run(tmp_path / str(seed), dha, f"--seed {seed}", 90.0) for seed in (0, 1)]
+    replace("config.json", '"amp": false', '"amp": true')(tmp_path / "1")
+    assert [row[7] for row in rows_of(baseline.compare(runs))] == ["amp False", "amp True"]
+
+
+def test_compare_takes_plain_darts_of_either_script_for_the_same(tmp_path):
+    runs = [fake_run(tmp_path / "0", joint, f"{QUICK} --policy none", 90.0)]
+    runs.append(fake_run(tmp_path / "1", baseline, f"{QUICK} --method darts --policy-lr 0.1 --seed 1", 92.0))
+    assert [row[2:4] for row in rows_of(baseline.compare(runs))] == [["2", "91.00 ± 1.41"]]
 
 
 def replace(name: str, old: str, new: str):

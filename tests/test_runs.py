@@ -503,7 +503,7 @@ BAD = """--wrong-flag | word | --dataset cifar1000 | --preset fast | --seed one 
 --search-epochs 0 | --evaluate x | --check
 --train-epochs -3 | --batch-size 1 | --batch-size 1.5 | --channels 7 | --channels | --layers 2 | --lr nan
 --lr -1 | --weight-decay -1 | --weight-decay inf | --drop-path 1 | --drop-path -1 | --limit-train 1
---limit-train many | --limit-test 0 | --image-size 4 | --cutout -1
+--limit-train many | --limit-test 0 | --image-size 4 | --cutout -1 | --cutout 99 | --train-epoch 2
 --auxiliary-weight 0.4 --image-size 16 | --dataset cifar10 --data-dir {broken}/file | --data-dir {broken}/file
 --data-dir {broken}/nothing | --data-dir {broken}/empty | --data-dir {broken}/damaged | --out {broken}/file
 --data-dir {broken}/one_class | --data-dir {broken}/sizes | --data-dir {broken}/wide
@@ -526,7 +526,8 @@ OWN = {
 --faa-batch-size 2 | --faa-lr -1 | --policy-lr nan | --class-weight -1 | --critic-weight inf | --penalty -10
 --penalty-norm l1 | --depth 39 | --depth 4 | --width 0 | --sub-policies 0 | --stages 0 | --search-channels 3
 --tau-lr 0.1 | --no-da | --limit-train 3 | --train-epochs 0 | --policy none | --policy=none | --space mobilenet
---search-only | --processes 2 | --compare {broken}/nothing | --compare {broken}""",
+--search-only | --processes 2 | --compare {broken}/nothing | --compare {broken} | --preset imagenet
+--genotype DARTS_V2""",
     "sequential dha": """--lr 5 | --weight-decay 0.1 | --search-channels 4 | --train-epochs 0 | --genotype DARTS_V2
 --genotype=DARTS_V2 | --policy none | --label-smoothing 1 | --space mobilenet --layers 20 | --data-dir {broken}/more
 --auxiliary-weight 0.4 --image-size 16""",
