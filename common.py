@@ -280,6 +280,15 @@ def load_image(path: str | Path) -> Image.Image:
         raise InputError(f"cannot use the image {path}: {type(error).__name__}: {error}".splitlines()[0]) from error
 
 
+def test_view(size: int) -> v2.Compose:
+    """From a PIL image to what a network is tested on: the middle square, scaled to this side, uint8 (3, S, S).
+
+    Of photographs, from 64 pixels on, the middle of the middle square, as everybody takes it for ImageNet.
+    """
+    side = size if size < SMALL else round(size * 256 / 224)
+    return v2.Compose([v2.Resize(side), v2.CenterCrop(size), v2.PILToTensor()])
+
+
 class Photos(Dataset):
     """Photographs in files. In Data they stand in for a tensor (N, 3, S, S); `loader` reads them, batch by batch."""
 
@@ -288,7 +297,7 @@ class Photos(Dataset):
         self.workers = workers
         self.shape = (len(paths), 3, size, size)
         self.train_view = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
-        self.test_view = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), v2.PILToTensor()])
+        self.test_view = test_view(size)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -311,10 +320,7 @@ def _read_all(paths: list[str], size: int | None) -> Tensor:
 
     size: the middle squares, scaled to it; None: the images must be of one size.
     """
-    view = v2.PILToTensor()
-    if size:
-        view = v2.Compose([v2.Resize(size), v2.CenterCrop(size), view])
-
+    view = test_view(size) if size else v2.PILToTensor()
     images = []
     for path in paths:
         image = view(load_image(path))

@@ -177,6 +177,7 @@ def test_numbers_of_the_front_page():
     for name, (of, row) in rows.items():
         assert (name, accuracy(of, row)) in cells, name
     assert f"random, unlearned pairs of operations have {accuracy('dha', 'random pairs')}" in FRONT
+    assert f"in batches as DHA draws them {accuracy('dha', 'random pairs, batches of Eq. 3')}" in FRONT
     assert f"(`--no-hpo`: {accuracy('dha', 'DHA without HPO')})" in FRONT
 
 
