@@ -267,6 +267,20 @@ def table(name: str) -> str:
     return "\n".join(lines)
 
 
+def table_of_policies() -> str:
+    """Of the joint search's table: the share of the stages in which a row's policies apply an operation, and the mean
+    change of a pixel, 0 to 1; mean ± standard deviation."""
+    lines = ["| policies of | stages with an operation (%) | change of a pixel (%) |", "| --- | --- | --- |"]
+    for row in ("random policy", "Faster AA, then DARTS", "jointly"):
+        results = kept_results("joint", row).values()
+        rates = [100 * sum(result["draws"].values()) for result in results]
+        changes = [100 * result["change"] for result in results]
+        if len(rates) > 1:
+            cells = [f"{mean(numbers):.1f} ± {stdev(numbers):.1f}" for numbers in (rates, changes)]
+            lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def draw_rates(name: str) -> None:
     """tests/results/<name>.png: lr over the share of the run that is done, a curve per row, of its first seed."""
     from matplotlib.figure import Figure
@@ -323,6 +337,8 @@ def main() -> None:
         if mine.table == "length":
             draw_rates(mine.table)
     print(table(mine.table))
+    if mine.table == "joint":
+        print(table_of_policies())
 
 
 if __name__ == "__main__":
