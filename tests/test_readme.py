@@ -313,13 +313,28 @@ def test_what_is_said_of_the_starts_of_lr_is_in_the_kept_results():
         assert re.search(rf"\bat {' to '.join(sorted({min(ends), max(ends)}))} from {start}\b", RESULTS)
 
 
-def test_what_is_said_of_the_joint_search_is_in_the_kept_results():
+def test_what_is_said_of_the_joint_search_is_in_the_kept_results(tmp_path):
     kept = {row: table.kept_results("joint", row) for row in table.TABLES["joint"]}
     assert table.table_of_policies() in RESULTS
     strength = {row: [result["change"] for result in kept[row].values()] for row in ("jointly", "random policy")}
     assert max(strength["jointly"]) < min(strength["random policy"])  # "the strongest", "the weakest"
     for result in kept["jointly"].values():
         assert max(result["draws"], key=result["draws"].get) in ("HorizontalFlip", "Posterize")
+    start, end = {}, {seed: sum(result["draws"].values()) for seed, result in kept["jointly"].items()}
+    images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    data = common.Data(images, torch.arange(2), images, torch.arange(2), list("0123456789"))
+    for seed in end:  # the policy that its search starts with
+        flags = [*table.TABLES["joint"]["jointly"].split()[1:], "--out", str(tmp_path / "run")]
+        torch.manual_seed(seed)
+        search = joint_darts_faa.JointSearch(joint_darts_faa.parse_args(flags), data, torch.device("cpu"), None)
+        (tmp_path / "policy.json").write_text(json.dumps(search.policy.as_dict()))
+        start[seed] = sum(table.draws(tmp_path / "policy.json").values())
+        assert end[seed] < start[seed]
+    text = "in {:.0f} to {:.0f} % of the stages, those that it ends with in {:.0f} to {:.0f} %"
+    ranges = [100 * limit(rates.values()) for rates in (start, end) for limit in (min, max)]
+    assert text.format(*ranges) in RESULTS
+    weakest, strongest = [100 * limit(strength["jointly"]) for limit in (min, max)]
+    assert f" % and {weakest:.1f} to {strongest:.1f} %. Even the strongest" in RESULTS
     right = {}
     for row in ("jointly", "random policy", "Faster AA, then DARTS"):
         train = [result["last_epoch"]["train_accuracy"] for result in kept[row].values()]
