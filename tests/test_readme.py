@@ -273,6 +273,11 @@ def test_what_is_said_of_the_pace_of_eq_3_is_in_the_kept_results():
     short, middle, long = (table.kept_results("length", row)[100]["lr"] for row in table.TABLES["length"])
     most = max(max(a, b) / min(a, b) for a, b in zip(middle, long))
     assert f"lr differs by at most a factor of {most:.1f}." in RESULTS and most < 1.5
+    shares = [long[at] / 0.05 for at in (2, 4, 9)]
+    assert "has {:.2f}, {:.2f} and {:.2f} of its first lr".format(*shares) in RESULTS
+    predicted = [0.025 * share for share in shares]
+    text = "lr would be {:.3f} after 216 epochs, {:.3f} after 360 and {:.3f} at the end"
+    assert text.format(*predicted) in RESULTS
     ratios = [a / b for a, b in zip(short, middle)]
     assert f"it is {min(ratios):.1f} to {max(ratios):.1f} times as high as with 2,400" in RESULTS
     for beta, text in (
