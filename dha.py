@@ -832,8 +832,8 @@ def prepare_dha(args: argparse.Namespace, device: torch.device) -> tuple[common.
     if WORLD > 1 and RANK == 0:
         dist.barrier()
     common.batch_indices(len(data.train_images), args.batch_size, 0, RANK, WORLD)  # can the processes share a batch?
-    if args.cutout > data.train_images.shape[3]:
-        raise InputError(f"--cutout {args.cutout} is more than the side of an image: give less")
+    if args.cutout >= 2 * data.train_images.shape[3]:
+        raise InputError(f"--cutout {args.cutout} always hides the whole image: give less")
 
     # The architecture: given, or searched from a random start. A resumed run reads its own copy of what was given
     support = None

@@ -498,8 +498,8 @@ def prepare_joint(args: argparse.Namespace, device: torch.device) -> tuple[commo
             common.batch_indices(half, args.search_batch_size, 0, RANK, WORLD)
     if not args.search_only:
         common.batch_indices(count, args.batch_size, 0, RANK, WORLD)
-        if args.cutout > data.train_images.shape[3]:
-            raise InputError(f"--cutout {args.cutout} is more than the side of an image: give less")
+        if args.cutout >= 2 * data.train_images.shape[3]:
+            raise InputError(f"--cutout {args.cutout} always hides the whole image: give less")
         if args.auxiliary_weight:
             common.check_auxiliary(data.train_images.shape[3])
 
