@@ -478,7 +478,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument_group("what to run, on what").add_argument
     add("--method", choices=["faa-darts", "darts", "dha"], help="which baseline")
     add("--compare", metavar="DIR", nargs="+", help="print a table of finished runs of any script, and stop")
-    add("--preset", choices=list(PRESETS), default="paper", help="sets the flags that are not given; imagenet: for dha")
+    add("--preset", choices=list(PRESETS), default="paper", help="sets the flags that are not given")
     add("--dataset", choices=common.DATASETS, default="cifar10", help="data set")
     add("--seed", type=at_least(0, 2**31), default=0, help="seed of everything random")
     add("--out", type=os.path.expanduser, help="run directory; None is runs/<script>-<dataset>-seed<seed>")
@@ -521,7 +521,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if args.preset == "imagenet" and args.method != "dha":
         parser.error("--preset imagenet is for --method dha")
 
-    handed = ("--policy", "--search-only", "--genotype")
+    handed = ("--policy", "--search-only")
     if args.method == "dha":
         handed = ("--genotype", "--no-da", "--no-hpo")
     for flag in rest:

@@ -526,8 +526,7 @@ OWN = {
 --faa-batch-size 2 | --faa-lr -1 | --policy-lr nan | --class-weight -1 | --critic-weight inf | --penalty -10
 --penalty-norm l1 | --depth 39 | --depth 4 | --width 0 | --sub-policies 0 | --stages 0 | --search-channels 3
 --tau-lr 0.1 | --no-da | --limit-train 3 | --train-epochs 0 | --policy none | --policy=none | --space mobilenet
---search-only | --processes 2 | --compare {broken}/nothing | --compare {broken} | --preset imagenet
---genotype DARTS_V2""",
+--search-only | --processes 2 | --compare {broken}/nothing | --compare {broken} | --preset imagenet""",
     "sequential dha": """--lr 5 | --weight-decay 0.1 | --search-channels 4 | --train-epochs 0 | --genotype DARTS_V2
 --genotype=DARTS_V2 | --policy none | --label-smoothing 1 | --space mobilenet --layers 20 | --data-dir {broken}/more
 --auxiliary-weight 0.4 --image-size 16""",
