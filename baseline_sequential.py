@@ -426,7 +426,8 @@ def compare(folders: list[str]) -> str:
                     if settings[handed] != "none":
                         del settings[handed]
 
-            # Places and the seed are no settings, and the preset and `rest` only set other flags
+            # Places and the seed are no settings (but --amp is one: it changes results), and the preset and `rest` only
+            # set other flags
             hidden = {*PLACES, "seed", "compare", "preset", "rest"} - {"amp"}
             if result["dataset"] == "folder":
                 hidden.remove("data_dir")

@@ -22,8 +22,10 @@ one loss and no validation split, and nothing is retrained.
     A        random and fixed; alpha is decoded from b = A alpha
 
 A node's support is what it keeps and runs: the largest |alpha| of each state, and of these the two largest. It is the
-child network of Figure 1, which the paper samples in every iteration and ISTA-NAS' code fixes for an epoch, as we do.
-One iteration (the paper moves eta last, by a loss at the new theta; the next iteration has its gradient: step 3):
+child network of Figure 1. The paper samples it in every iteration; ISTA-NAS' code fixes it for an epoch, and so do we.
+
+One iteration. (The paper moves eta at its end, by the loss at the new theta. Here the next iteration does that in its
+step 3, because it computes the gradient at this theta anyway.)
 
     1. draw a pair of image operations for every image from softmax(tau) and apply it
     2. compute the loss of every image, and the gradients
@@ -292,8 +294,8 @@ def select_support(alpha: Tensor, counts: list[int], kept: int, ops: tuple[str, 
     """What each of K nodes keeps: the strongest operation on each state, by |alpha|, and of these the `kept` strongest.
 
     alpha (K, n), entry len(ops) * state + operation; node k reads the states 0 .. counts[k] - 1. Returns for every node
-    pairs (operation, state). DHA's code compares signed values [A]; |alpha| is ours [C]. ISTA-NAS' one-stage code takes
-    the two largest |alpha| of all, which may be on one state.
+    pairs (operation, state). DHA's code compares signed values; |alpha| is ours [C]. ISTA-NAS' one-stage code takes the
+    two largest |alpha| of all, which may be on one state.
     """
     edges = alpha.abs().cpu().view(len(counts), -1, len(ops))  # (K, states, operations)
     largest, operation = edges.max(2)  # (K, states) each
