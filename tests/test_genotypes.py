@@ -369,21 +369,23 @@ def parts(module, kind):
     return [m for m in module.modules() if isinstance(m, kind)]
 
 
+@pytest.mark.parametrize("size", [(10, 10), (7, 4), (1, 1)])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("name", PRIMITIVES[1:])
-def test_operations_equal_their_definition(name, stride):
+def test_operations_equal_their_definition(name, stride, size):
     """DARTS' operations, layer by layer."""
     op = evaluating(operation(name, 6, stride))
     weights, norms = [m.weight for m in parts(op, nn.Conv2d)], parts(op, nn.BatchNorm2d)
-    want = x = torch.randn(2, 6, 10, 10)
+    want = x = torch.randn(2, 6, *size)
     if name == "max_pool_3x3":
         want = F.max_pool2d(x, 3, stride, 1)
     elif name == "avg_pool_3x3":
         kernel = torch.ones(1, 1, 3, 3)
-        share = F.conv2d(torch.ones(1, 1, 10, 10), kernel, stride=stride, padding=1)
+        share = F.conv2d(torch.ones(1, 1, *size), kernel, stride=stride, padding=1)
         want = F.conv2d(x, kernel.expand(6, 1, 3, 3), stride=stride, padding=1, groups=6) / share
     elif name == "skip_connect" and stride == 2:
-        first, second = F.relu(x), F.relu(x)[:, :, 1:, 1:]
+        even = F.pad(F.relu(x), (0, size[1] % 2, 0, size[0] % 2))
+        first, second = even, even[:, :, 1:, 1:]
         pair = [F.conv2d(half, weight, stride=2) for half, weight in zip((first, second), weights)]
         want = norms[0](torch.cat(pair, 1))
     elif name != "skip_connect":
