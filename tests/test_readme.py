@@ -244,7 +244,7 @@ SAID = [
     ("dha", "DHA", "DHA without HPO", "DHA against DHA without HPO: {mean} {interval}"),
     ("dha", "DHA without DA", "One-Stage ISTA", "DHA without DA against One-Stage ISTA {mean} {interval}"),
     ("dha", "random pairs, batches of Eq. 3", "random pairs", "Its batches alone, on random pairs: {mean} {interval}"),
-    ("dha", "DHA, Eq. 2 as printed", "random pairs, batches of Eq. 3", "against random pairs: {mean} {interval}; these"),
+    ("dha", "DHA, Eq. 2 as printed", "random pairs, batches of Eq. 3", "random pairs: {mean} {interval}; these"),
     ("dha", "Sequential DHA", "DHA", "Sequential DHA against DHA {mean} {interval}"),
     ("dha", "random genotype", "One-Stage ISTA", "a random genotype against One-Stage ISTA {mean} {interval}"),
     ("joint", "random genotype", "DARTS", "against DARTS {mean} {interval}"),
