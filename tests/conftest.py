@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,8 @@ import joint_darts_faa  # noqa: E402
 
 
 def pytest_configure(config):
+    # A shell's background job ignores Ctrl-C, and the scripts that tests start would inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "slow: takes minutes; run with -m slow")
     if not config.option.markexpr:
         config.option.markexpr = "not slow"
