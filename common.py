@@ -842,7 +842,7 @@ def operation(name: str, channels: int, stride: int) -> nn.Sequential:
     def separable(stride: int, dilation: int) -> list[nn.Module]:
         begin = [nn.ReLU()]
         if stride == dilation == 2:
-            # Such filters read every second pixel only. These taken first, they need no gaps, and run faster
+            # Such a filter reads every second pixel only. On these pixels alone it needs no gaps, and is faster
             begin.append(nn.AvgPool2d(1, stride))
             stride = dilation = 1
 
