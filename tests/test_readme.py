@@ -4,6 +4,7 @@ import ast
 import functools
 import importlib
 import importlib.util
+import itertools
 import json
 import math
 import re
@@ -527,8 +528,23 @@ def test_table_of_starts(tmp_path, monkeypatch):
 # -------- tests/benchmarks/figure2.py ------------------------------------------------------------------------
 
 
-def test_colour_operations_are_operations():
-    assert len(figure2.COLOUR) == 9 and set(figure2.COLOUR) < set(joint_darts_faa.AUGMENTATIONS)
+def test_colour_and_geometric_operations_are_operations():
+    assert (len(figure2.COLOUR), len(figure2.GEOMETRIC)) == (9, 5)
+    others = set(joint_darts_faa.AUGMENTATIONS) - {*figure2.COLOUR, *figure2.GEOMETRIC}
+    assert others == {"HorizontalFlip", "SamplePairing"}
+
+
+def test_start_is_that_of_the_search(tmp_path):
+    """A search that never moves its policy ends with it."""
+    for label, part, i in itertools.product(range(10), ("train", "test"), range(2)):
+        path = tmp_path / "data" / part / f"class{label}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        to_pil_image(torch.full((3, 16, 16), 20 * label, dtype=torch.uint8)).save(path)
+    flags = "--data-dir data --out run --seed 3 --search-epochs 1 --search-batch-size 10 --policy-lr 0"
+    joint_darts_faa.main([*figure2.COMMAND.split()[1:], *flags.split()])
+    (record,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert figure2.start(3) == {name: round(share, 4) for name, share in record["selection"].items()}
+    assert figure2.start(3) != figure2.start(4)
 
 
 def test_steps_of_policy_and_cells():
@@ -560,7 +576,9 @@ def test_a_search_that_ended_is_kept(tmp_path, monkeypatch):
             file.write(json.dumps({**record, "loss": 2.0, "val_loss": 2.0, "val_accuracy": 20.0}) + "\n")
     (tmp_path / "config.json").write_text('{"torch": "2"}')
     (tmp_path / "selection.png").write_bytes(b"")
+    monkeypatch.setattr(figure2, "start", lambda seed: {**dict.fromkeys(names, 0.0), "Rotate": seed / 10})
     figure2.keep(tmp_path, seed=7)
     assert (tmp_path / "figure2-seed7.png").exists()
     row = figure2.table().splitlines()[-1]
-    assert row == "| 7 | 0.0 to 60.0 | 0.0 to 60.0 | 0.0 to 0.0 | 100.0 to 40.0 | +1.00 | +1.00 |"
+    shares = "0.0 to 60.0 | 70.0 to 40.0 | 0.0 to 60.0 | 0.0 to 0.0 | 0.0 to 0.0 | 70.0 to 40.0"
+    assert row == f"| 7 | {shares} | +1.00 | +1.00 |"
