@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
+import scipy.stats
 import torch
 from torchvision.transforms.functional import to_pil_image
 
@@ -370,6 +371,52 @@ def test_what_is_said_of_the_joint_search_is_in_the_kept_results(tmp_path):
     accuracies = {row: {seed: result["test_accuracy"] for seed, result in kept[row].items()} for row in kept}
     less = [accuracies["jointly"][seed] < accuracies["Faster AA, then DARTS"][seed] for seed in kept["jointly"]]
     assert (sum(less), len(less)) == (4, 5) and "less with four of five seeds" in RESULTS
+
+
+def test_what_is_said_of_figure_2_is_in_the_kept_searches():
+    assert figure2.table() in RESULTS
+    searches = figure2.kept_searches()
+    assert [kept["seed"] for kept in searches] == [0, 1]
+    starts = [kept["start"] for kept in searches]
+    ends = [kept["epochs"][-1]["selection"] for kept in searches]
+    assert "stopped after 23 of the 25 epochs" in RESULTS
+    assert starts == [figure2.start(0), figure2.start(1)]
+    for kept in searches:
+        assert kept["command"] == f"python {figure2.COMMAND} --seed {kept['seed']}"
+        assert len(kept["epochs"]) == 23
+
+    def share(selection: dict, names: list[str]) -> float:
+        return sum(selection[name] for name in names)
+
+    def said(value, digits: int = 1) -> list[str]:
+        return [" and ".join(f"{value(selection):.{digits}f}" for selection in both) for both in (ends, starts)]
+
+    end, start = said(lambda one: 5 / 9 * share(one, figure2.COLOUR) / share(one, figure2.GEOMETRIC))
+    assert f"{end} times as often per operation; before the first step it was {start} times." in RESULTS
+    end, start = said(lambda one: one["Color"] / one["Rotate"])
+    assert f"Color gains on Rotate with both, from {start} times as often to {end} times." in RESULTS
+    end, start = said(lambda one: one["AutoContrast"] / one["Rotate"])
+    assert f"AutoContrast goes from {start} to {end} times, while its own share falls with both" in RESULTS
+    end, start = said(lambda one: 100 * one["Invert"], digits=0)
+    assert f"Invert loses with both, from {start} % to {end} %" in RESULTS
+    gains = {
+        names: [share(end, names.split()) > share(start, names.split()) for start, end in zip(starts, ends)]
+        for names in (" ".join(figure2.GEOMETRIC), " ".join(figure2.COLOUR), "AutoContrast", "Posterize", "Invert")
+    }
+    assert list(gains.values()) == [[False, False], [True, False], [False, False], [True, True], [False, False]]
+
+    pairs = 22
+    t = scipy.stats.t.ppf(0.975, pairs - 3)
+    told = t / math.sqrt(pairs - 3 + t**2)
+    assert f"but below {told:.2f}, from where on {pairs} epochs tell it from none" in RESULTS
+    assert all(0 < figure2.together(kept["epochs"])[1] < told for kept in searches)
+    moves = [
+        [figure2.policy_step(*pair) for pair in zip([{"selection": kept["start"]}, *kept["epochs"]], kept["epochs"])]
+        for kept in searches
+    ]
+    most = max(max(steps[5:]) for steps in moves)
+    first = " and ".join(f"{steps[0]:.2f}" for steps in moves)
+    assert f"by {first} in the first epoch, and in none after the fifth by more than {most:.2f}" in RESULTS
 
 
 def test_known_answers_are_those_of_their_output():
