@@ -31,18 +31,25 @@ COMMAND = (
 )
 COLOUR = "Invert AutoContrast Equalize Solarize Posterize Contrast Color Brightness Sharpness".split()
 GEOMETRIC = "ShearX ShearY TranslateX TranslateY Rotate".split()
-COLUMNS = {"9 colour operations": COLOUR, "5 geometric": GEOMETRIC}
-COLUMNS.update({name: [name] for name in ("Color", "AutoContrast", "Posterize", "Rotate")})
+COLUMNS = {  # of the table: the operations whose shares are added
+    "9 colour operations": COLOUR,
+    "5 geometric": GEOMETRIC,
+    **{name: [name] for name in ("Color", "AutoContrast", "Posterize", "Rotate")},
+}
+
+
+def first_policy(command: str, seed: int) -> joint_darts_faa.Policy:
+    """The policy that a joint search starts with. It does not depend on the images: two black ones do."""
+    images, labels = torch.zeros(2, 3, 16, 16, dtype=torch.uint8), torch.arange(2)
+    data = common.Data(images, labels, images, labels, list("0123456789"))
+    args = joint_darts_faa.parse_args(command.split()[1:])
+    torch.manual_seed(seed)
+    return joint_darts_faa.JointSearch(args, data, torch.device("cpu"), None).policy
 
 
 def start(seed: int) -> dict[str, float]:
-    """The selection that the search of a seed starts with. It does not depend on the images: two black ones do."""
-    images, labels = torch.zeros(2, 3, 16, 16, dtype=torch.uint8), torch.arange(2)
-    data = common.Data(images, labels, images, labels, list("0123456789"))
-    args = joint_darts_faa.parse_args([*COMMAND.split()[1:], "--seed", str(seed)])
-    torch.manual_seed(seed)
-    search = joint_darts_faa.JointSearch(args, data, torch.device("cpu"), None)
-    shares = search.policy.selection().mean((0, 1)).tolist()
+    """The selection of each operation before the first step, the mean over the policy as in metrics.jsonl."""
+    shares = first_policy(COMMAND, seed).selection().mean((0, 1)).tolist()
     return {name: round(share, 4) for name, share in zip(joint_darts_faa.AUGMENTATIONS, shares)}
 
 
@@ -54,8 +61,13 @@ def keep(out: Path, seed: int) -> None:
         record["selection"] = {name: round(share, 4) for name, share in record["selection"].items()}
         epochs.append({name: record[name] for name in ("loss", "val_loss", "val_accuracy", "genotype", "selection")})
     about = json.loads((out / "config.json").read_text())
-    kept = {"seed": seed, "command": f"python {COMMAND} --seed {seed}", "torch": about["torch"], "start": start(seed)}
-    kept["epochs"] = epochs
+    kept = {
+        "seed": seed,
+        "command": f"python {COMMAND} --seed {seed}",
+        "torch": about["torch"],
+        "start": start(seed),
+        "epochs": epochs,
+    }
     with open(RESULTS / "figure2.jsonl", "a") as file:
         file.write(json.dumps(kept) + "\n")
     shutil.copy(out / "selection.png", RESULTS / f"figure2-seed{seed}.png")
@@ -108,10 +120,8 @@ def table() -> str:
     for kept in kept_searches():
         cells = [str(kept["seed"])]
         for names in COLUMNS.values():
-            first, last = [
-                100 * sum(selection[name] for name in names)
-                for selection in (kept["start"], kept["epochs"][-1]["selection"])
-            ]
+            both = (kept["start"], kept["epochs"][-1]["selection"])
+            first, last = [100 * sum(selection[name] for name in names) for selection in both]
             cells.append(f"{first:.1f} to {last:.1f}")
         cells += [f"{correlation:+.2f}" for correlation in together(kept["epochs"])]
         lines.append(f"| {' | '.join(cells)} |")
