@@ -39,6 +39,21 @@ def in_its_own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture
+def exact(monkeypatch):
+    """Everything in float64, and whatever torch draws comes from the CPU's generator. What is left between a CPU and a
+    GPU is rounding: the tolerances of assert_close."""
+    rand, randint, multinomial = torch.rand, torch.randint, torch.multinomial
+    monkeypatch.setattr(torch, "rand", lambda *size, device=None, **more: rand(*size, **more).to(device))
+    monkeypatch.setattr(torch, "rand_like", lambda x: rand(x.shape).to(x))
+    monkeypatch.setattr(torch, "randint", lambda *which, device=None, **more: randint(*which, **more).to(device))
+    monkeypatch.setattr(torch, "multinomial", lambda p, *how, **more: multinomial(p.cpu(), *how, **more).to(p.device))
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield {"rtol": 1e-6, "atol": 1e-9}
+    torch.set_default_dtype(torch.float32)
+
+
 def call(module: ModuleType, *flags) -> int:
     """Run a script in this process; its exit code."""
     try:

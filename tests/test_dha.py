@@ -984,6 +984,30 @@ def test_a_step_on_cuda_never_waits_for_the_host(monkeypatch):
             float(measured.sum())  # the pretended device does notice
 
 
+# -------- On a GPU ------------------------------------------------------------------------------------------
+
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_a_gpu
+def test_steps_on_a_gpu_are_those_on_a_cpu(exact):
+    s, data, args = tiny()
+    there = dha.Learned(args, data, torch.device("cuda"))
+    there.load_state_dict(copy.deepcopy(s.state_dict()))
+
+    torch.manual_seed(1)
+    here = torch.stack(steps(s, data, args, 3))
+    torch.manual_seed(1)
+    found = torch.stack(steps(there, data.to("cuda"), args, 3))
+    torch.testing.assert_close(found.cpu(), here, **exact)
+    moved = there.net.state_dict()
+    for name, value in s.net.state_dict().items():
+        torch.testing.assert_close(moved[name].cpu(), value, **exact, msg=lambda text, name=name: f"{name}: {text}")
+    torch.testing.assert_close(there.tau.detach().cpu(), s.tau.detach(), **exact)
+    torch.testing.assert_close(there.eta.logs.detach().cpu(), s.eta.logs.detach(), **exact)
+    torch.testing.assert_close(there.net.decode().cpu(), s.net.decode(), **exact)
+
+
 # -------- Eq. (2) as a ratio, and Eq. (3) on independent batches --------------------------------------------
 
 

@@ -15,7 +15,7 @@ import common
 import joint_darts_faa as joint
 from common import PRIMITIVES, InputError
 from joint_darts_faa import AUGMENTATIONS, SIGNED, DartsSupernet, MixedOp, Policy
-from test_dha import Waits
+from test_dha import Waits, needs_a_gpu
 from written_out import WrittenOut, mixed_operation, pairs
 
 NAMES = list(AUGMENTATIONS)
@@ -512,3 +512,22 @@ def test_a_search_step_on_cuda_never_waits_for_the_host(monkeypatch):
         assert measured.device.type == "cuda" and calls == ["cuda"] * 2 and waits.seen == []
         with pytest.raises(Exception, match="local_scalar"):
             float(measured.sum())  # the pretended device does notice
+
+
+@needs_a_gpu
+def test_search_steps_on_a_gpu_are_those_on_a_cpu(exact):
+    s, batches, args = small_search()
+    data = common.Data(*common.shapes(40, 0), *common.shapes(10, 1), list(common.SHAPE_CLASSES))
+    there = joint.JointSearch(args, data, torch.device("cuda"))
+    there.load_state_dict(copy.deepcopy(s.state_dict()))
+
+    torch.manual_seed(1)
+    here = torch.stack([joint.search_step(s, *batches) for _ in range(3)])
+    torch.manual_seed(1)
+    moved = [[part.cuda() for part in batch] for batch in batches]
+    found = torch.stack([joint.search_step(there, *moved) for _ in range(3)])
+    torch.testing.assert_close(found.cpu(), here, **exact)
+    for name in ("net", "policy"):
+        ours, theirs = s.state_dict()[name], there.state_dict()[name]
+        for key, value in ours.items():
+            torch.testing.assert_close(theirs[key].cpu(), value, **exact, msg=lambda text, key=key: f"{key}: {text}")
