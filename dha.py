@@ -975,7 +975,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--workers", type=at_least(0), default=4, help="processes that read photographs")
     add("--seed", type=at_least(0, 2**31), default=0, help="seed of everything random")
     add("--gpu", type=at_least(-1), default=0 if torch.cuda.is_available() else -1, help="GPU number; -1 is the CPU")
-    add("--amp", action="store_true", help="bfloat16 autocast (GPU only)")
+    add("--amp", action="store_true", help="bfloat16 autocast, to save memory (GPU only)")
     add("--out", type=os.path.expanduser, help="run directory; None is runs/<script>-<dataset>-seed<seed>")
     add("--resume", action="store_true", help="go on with the run in --out, if there is one")
 
