@@ -16,7 +16,7 @@ one loss and no validation split, and nothing is retrained.
     theta    weights
     tau      14 x 14 logits: which pair of image operations to apply
     lr, wd   learning rate and weight decay: the paper's eta. Ours is (log lr, log wd)
-    beta     how many factors of e lr would move by in the whole run if its gradient never changed
+    beta     by how many factors of e lr would move in the whole run if its gradient never changed
     alpha    a coefficient for each candidate of a node: each operation on each state (a cell's inputs, earlier nodes)
     b        a short code of alpha, which Adam trains in its place: 7 numbers per node
     A        random and fixed; alpha is decoded from b = A alpha
@@ -154,8 +154,8 @@ def hypergradient(
     """The gradient of Eq. (3), (dL/dlr, dL/dwd), through the sgd_step that led to theta_plus.
 
     theta_plus: theta^(t+1), the weights after that step. grads: dL/dtheta there, before clipping. velocity: the step's
-    v. lr: its learning rate. The lists hold the weights that moved in the step and have a gradient now; to the others
-    the products below would add 0. The weights and the v before the step count as constant (end of section 2.2).
+    v. lr: its learning rate. The lists hold the weights that moved in the step and have a gradient now; the others
+    would add 0 to the products below. The weights and the v before the step count as constant (end of section 2.2).
 
     The paper takes L on "a mini-batch". Here that is the batch of the next iteration [C], at the support, b and tau of
     that iteration: its gradient is computed anyway, so that Eq. (3) costs no second pass. So L is of images that went
@@ -483,8 +483,8 @@ class SparseSupernet(nn.Module):
 
         First alpha is set to 0 off the support, then E is applied, and the entries of the support are taken [A:
         ISTA-NAS]: alpha_S + A_S^T (b - A_S alpha_S). The second term is what the non-zeros of alpha off the support
-        gave to b; without such it is at most lam. alpha is constant here, so that the gradient goes to b. For a frozen
-        node all is constant.
+        gave to b; if there are none it is at most lam. alpha is constant here, so that the gradient goes to b. For a
+        frozen node all is constant.
         """
         if self.frozen[k]:
             return self.factors[k]

@@ -33,6 +33,9 @@ def pytest_configure(config):
         config.option.markexpr = "not slow"
 
 
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
 @pytest.fixture(autouse=True)
 def in_its_own_folder(tmp_path, monkeypatch):
     """No test reads what lies where pytest was started, or writes there."""
@@ -41,8 +44,8 @@ def in_its_own_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def exact(monkeypatch):
-    """Everything in float64, and whatever torch draws comes from the CPU's generator. What is left between a CPU and a
-    GPU is rounding: the tolerances of assert_close."""
+    """Everything in float64, and whatever torch draws comes from the CPU's generator: so only rounding can be different
+    on a GPU. (In float32 that is enough to turn Adam's first steps around.) Gives assert_close's tolerances."""
     rand, randint, multinomial = torch.rand, torch.randint, torch.multinomial
     monkeypatch.setattr(torch, "rand", lambda *size, device=None, **more: rand(*size, **more).to(device))
     monkeypatch.setattr(torch, "rand_like", lambda x: rand(x.shape).to(x))

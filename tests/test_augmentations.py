@@ -12,6 +12,7 @@ from torchvision.transforms.autoaugment import _apply_op
 
 import dha
 import joint_darts_faa as joint
+from conftest import needs_a_gpu
 from dha import SIGNED
 
 AUGMENTATIONS = dha.AUGMENTATIONS | joint.AUGMENTATIONS  # joint's add gradients to some: see the last part
@@ -21,7 +22,7 @@ WITHOUT_MAGNITUDE = ["AutoContrast", "Equalize", "HorizontalFlip", "Invert"]
 WITH_MAGNITUDE = [*AFFINE, *BLENDS, "Solarize", "Posterize", "SamplePairing", "Identity"]
 ALL = WITHOUT_MAGNITUDE + WITH_MAGNITUDE
 SIZES = [(1, 1), (2, 5), (32, 32), (31, 17), (17, 31), (224, 224)]
-GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
+GPU = pytest.param("cuda", marks=needs_a_gpu)
 
 
 def pictures(size, seed=0):

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import dha
+from conftest import needs_a_gpu
 from dha import OPS
 
 TINY = "--preset quick --gpu -1 --channels 4 --layers 3 --batch-size 8 --out no-such-run".split()
@@ -985,8 +986,6 @@ def test_a_step_on_cuda_never_waits_for_the_host(monkeypatch):
 
 
 # -------- On a GPU ------------------------------------------------------------------------------------------
-
-needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @needs_a_gpu

@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import common
 import joint_darts_faa as joint
 from common import PRIMITIVES, InputError
+from conftest import needs_a_gpu
 from joint_darts_faa import AUGMENTATIONS, SIGNED, DartsSupernet, MixedOp, Policy
-from test_dha import Waits, needs_a_gpu
+from test_dha import Waits
 from written_out import WrittenOut, mixed_operation, pairs
 
 NAMES = list(AUGMENTATIONS)

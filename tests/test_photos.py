@@ -686,7 +686,7 @@ def test_workers(workers, cores, monkeypatch):
     assert len(started) == workers and x.unique().tolist() == [0 if workers else 255]
     assert given[0]["num_workers"] == workers and given[0]["timeout"] == (3600 if workers else 0)
     batch.close()  # an epoch that is not read to its end
-    for process in started:
+    for process in started:  # one that was told to end takes a moment
         process.join(10)
     assert not any(process.is_alive() for process in started)
 

@@ -173,6 +173,7 @@ def test_numbers_of_the_front_page():
     for name, (of, row) in rows.items():
         assert (name, accuracy(of, row)) in cells, name
     assert f"random, unlearned pairs of operations have {accuracy('dha', 'random pairs')}" in FRONT
+    assert f"in DHA's batches {accuracy('dha', 'random pairs, batches of Eq. 3')}" in FRONT
     assert f"(`--no-hpo`: {accuracy('dha', 'DHA without HPO')})" in FRONT
 
 
@@ -286,13 +287,13 @@ def test_what_is_said_of_the_table_one_size_up_is_in_the_kept_results():
     for row, reference, words in (
         ("random pairs", "One-Stage ISTA", "Random pairs minus One-Stage ISTA: {:+.1f} and {:+.1f}."),
         ("random pairs", "One-Stage ISTA", "random pairs minus One-Stage ISTA {:+.1f} and {:+.1f},"),
-        ("random pairs", "One-Stage ISTA", "two seeds, random pairs gain {:.1f} and {:.1f},"),
+        ("random pairs", "One-Stage ISTA", "two seeds: random pairs {:+.1f} and {:+.1f},"),
         ("DHA", "random pairs", "DHA minus random pairs: {:+.1f} and {:+.1f};"),
         ("DHA", "random pairs", "DHA minus random pairs {:+.1f} and {:+.1f}."),
         ("Sequential DHA", "random pairs", "Sequential DHA minus random pairs: {:+.1f} and {:+.1f};"),
         ("Sequential DHA", "DHA", "Sequential DHA minus DHA: {:+.1f} and {:+.1f}."),
         ("DHA", "One-Stage ISTA", "DHA minus One-Stage ISTA: {:+.1f} and {:+.1f}."),
-        ("DHA", "One-Stage ISTA", "7.7, DHA {:.1f} and {:.1f}."),
+        ("DHA", "One-Stage ISTA", "7.7, DHA {:+.1f} and {:+.1f}."),
     ):
         found = [kept[row][seed]["test_accuracy"] - kept[reference][seed]["test_accuracy"] for seed in (0, 1)]
         assert words.format(*found) in RESULTS + FRONT
