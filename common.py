@@ -336,6 +336,18 @@ def _read_all(paths: list[str], size: int | None) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def check_batch(count: int, batch_size: int, world: int = 1) -> int:
+    """How many of `count` images a batch holds: batch_size, or all.
+
+    Raises InputError where `world` processes cannot share it evenly, or a share is one image, which batch norm
+    cannot use.
+    """
+    batch_size = min(batch_size, count)
+    if batch_size % world or batch_size // world < 2:
+        raise InputError(f"a batch of {batch_size} images: all {world} process(es) must get the same number, 2 or more")
+    return batch_size
+
+
 def batch_indices(
     count: int, batch_size: int, seed: int, rank: int = 0, world: int = 1, independent: bool = False
 ) -> Tensor:
@@ -344,13 +356,9 @@ def batch_indices(
     independent: every batch is drawn from all images, whatever the others hold; else no image comes twice.
 
     A batch holds at most all images; an incomplete last one is left out. Process `rank` of `world` gets its
-    share of every batch. Raises InputError where a batch cannot be shared evenly, or a share is one image,
-    which batch norm cannot use.
+    share of every batch. Raises InputError as check_batch does.
     """
-    batch_size = min(batch_size, count)
-    if batch_size % world or batch_size // world < 2:
-        raise InputError(f"a batch of {batch_size} images: all {world} process(es) must get the same number, 2 or more")
-
+    batch_size = check_batch(count, batch_size, world)
     steps = count // batch_size
     if independent:
         generator = np.random.default_rng(seed)

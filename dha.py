@@ -65,10 +65,9 @@ from tqdm import tqdm
 import common
 from common import FactorizedReduce, Genotype, InputError
 
-LR_RANGE = (1e-4, 0.1)  # where Eq. (3) may move lr [C]
-WD_RANGE = (1e-4, 1e-2)  # and wd [C]: a training loss often drives it to the lower limit, which is then the choice
 GRAD_CLIP = 5.0  # largest norm of the weights' gradient [A: DARTS]
 LASSO = 1e-5  # lambda of Eq. (4) [A: ISTA-NAS]
+ENTROPY_WEIGHT = 0.3  # of p(tau)'s entropy in the scale-free Eq. (2) [C]
 FREEZE_DISTANCE = 1e-3  # a node whose alpha moved no more than this in an epoch is frozen [A: ISTA-NAS]
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,37 +93,41 @@ def apply_pairs(images: Tensor, pairs: Tensor) -> Tensor:
     return images
 
 
-def policy_loss(tau: Tensor, pairs: Tensor, losses: Tensor, weight: str, entropy_weight: float = 0.0) -> Tensor:
-    """L^DA of Eq. (2), a weighted sum of the losses L_k of the images. What counts is its gradient, which goes to tau.
+def policy_loss(
+    tau: Tensor, pairs: Tensor, losses: Tensor, updates: str = "printed", batch_mean: Tensor | None = None
+) -> Tensor:
+    """L^DA of Eq. (2), which tau moves to lower. Its gradient goes to tau alone.
 
-    tau (14, 14); pairs (B,), drawn from p(tau), and losses (B,) of the same images. The paper calls p_k(tau) "an
-    importance weight". `weight` says how that is read; l_j is the mean loss of images with pair j:
+    tau (14, 14); pairs (B,), drawn from p(tau), and losses (B,), L_k, of the same images. Two readings of the paper's
+    "importance weight"; l_j is the mean loss of images with pair j:
 
-    "ratio", the default of this script [C]: what statistics calls the importance weight of a draw from p, p_k(tau) over
-    p_k(tau held fixed). Its value is 1, its gradient that of log p_k. In expectation it moves tau_j in the direction of
-    B p_j (l_j - sum_i p_i l_i): pairs that are harder than the mean gain. The batch's mean loss is subtracted, which
-    takes noise away and changes B to B - 1. entropy_weight, lambda_H, adds the entropy H of p: the maximum of
-    sum_i p_i l_i + lambda_H H is at p_i proportional to exp(l_i / lambda_H), so that no pair takes all.
+    "printed" [P]: p_k(tau) itself, and the mean over the images [A]. But the pairs are drawn from p already. In
+    expectation tau_j moves in the direction of p_j (p_j l_j - sum_i p_i^2 l_i): of two pairs with the same loss the
+    more probable one gains. Small steps and weight decay keep p near uniform, large steps end on one pair.
 
-    "p", the probability itself, as printed [P, A]; it is here to reproduce the paper. (The public code has the mean
-    over the images in place of the sum.) But the pairs are drawn from p already. In expectation tau_j moves in the
-    direction of B p_j (p_j l_j - sum_i p_i^2 l_i): of two pairs with the same loss the more probable one gains. Small
-    steps leave p near uniform, large ones end on one pair.
+    "scale-free" [C]: what statistics calls the importance weight of a draw, p_k(tau) over p_k(tau held fixed), and the
+    sum over the images. In expectation tau_j moves in the direction of B p_j (l_j - sum_i p_i l_i): pairs that are
+    harder than the mean gain. With the entropy H of p, weighted by 0.3, the maximum of sum_i p_i l_i + 0.3 H is at p_i
+    proportional to exp(l_i / 0.3), however long the run is: no pair takes all.
 
-    Raises ValueError for another weight.
+    batch_mean: the mean loss of the whole batch, if these images are one process's share of it; None: of `losses`.
+    Raises ValueError for other updates.
     """
-    if weight not in ("ratio", "p"):
-        raise ValueError(f'weight is "ratio" or "p", not {weight!r}')
+    losses = losses.detach()
     p = tau.flatten().softmax(0)
     drawn = p.gather(0, pairs)  # p_k(tau), (B,)
-    losses = losses.detach()
-    if weight == "p":
-        return -(drawn * losses).sum()  # Eq. (2), as printed
+    if updates == "printed":
+        return -(drawn * losses).mean()  # Eq. (2)
+    if updates != "scale-free":
+        raise ValueError(f'updates are "printed" or "scale-free", not {updates!r}')
 
-    # The loss is a sum over the images, so that the entropy counts B times
+    # The ratio is 1, its gradient that of log p_k. Subtracting the mean takes noise away and changes B to B - 1. The
+    # entropy counts once for each image, as the losses do
+    if batch_mean is None:
+        batch_mean = losses.mean()
     ratio = drawn / drawn.detach()
     entropy = torch.special.entr(p).sum()
-    return -(ratio * (losses - losses.mean())).sum() - entropy_weight * len(pairs) * entropy  # Eq. (2)
+    return -(ratio * (losses - batch_mean)).sum() - ENTROPY_WEIGHT * len(pairs) * entropy  # Eq. (2), scale-free
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,51 +178,76 @@ def hypergradient(
 
 
 class Eta:
-    """lr and wd, and how Eq. (3) moves them.
+    """lr and wd, and the two ways in which Eq. (3) moves them.
 
-    The paper's beta is a step size that it does not give. With plain steps no value suits runs of different lengths:
-    once the loss falls slowly, the mean of dL/dlr hardly depends on lr. What hardly changed between runs of 2,500 and
-    of 40,000 steps is how large the gradient's mean is beside its usual size. So here eta is (log lr, log wd), and Adam
-    without momentum moves it, which divides a gradient by its usual size [C].
+    "printed" [P]: eta = (lr, wd) by SGD, whose settings are the authors' [A]. How far lr moves depends on the number of
+    steps: once the loss falls slowly, the mean of dL/dlr hardly depends on lr. A run that is shorter by a factor needs
+    a beta that is as many times larger.
 
-    lr, wd: at the start; a step leaves them in LR_RANGE and WD_RANGE. steps: T, of the whole run if the search is not
-    cut short. beta: by how many e-folds (factors of e) either would move in T steps if its gradient never changed.
+    "scale-free" [C], for runs of any length: what hardly changed between runs of 2,500 and of 40,000 steps is the mean
+    of the gradient over its root mean square. So eta is (log lr, log wd), and Adam without momentum, which divides by
+    that root, moves it by beta / T: beta is by how many e-folds (factors of e) either would move in a run of T steps
+    if its gradient never changed.
+
+    lr, wd: at the start. steps: T. lr_range, wd_range: a step leaves lr and wd in these.
     """
 
-    def __init__(self, lr: float, wd: float, beta: float, steps: int, device: torch.device | str = "cpu"):
-        self.logs = torch.tensor([lr, wd], device=device).log().requires_grad_()  # a tensor: no step waits for the GPU
-        self.optimizer = torch.optim.Adam([self.logs], beta / steps, betas=(0.0, 0.999), eps=1e-12)
+    def __init__(
+        self,
+        lr: float,
+        wd: float,
+        updates: str = "printed",
+        steps: int = 1,
+        lr_range: tuple[float, float] = (0.001, 0.05),
+        wd_range: tuple[float, float] = (1e-4, 5e-4),
+        device: torch.device | str = "cpu",
+    ):
+        self.printed = updates == "printed"
+        self.steps = steps
+        self.ranges = torch.tensor([lr_range, wd_range], device=device)
+        self.values = torch.tensor([lr, wd], device=device)  # a tensor: no step waits for the GPU
+        if self.printed:
+            self.optimizer = torch.optim.SGD([self.values], momentum=0.9, nesterov=True, weight_decay=5e-4)  # [A]
+        else:
+            self.values.log_()
+            self.ranges.log_()
+            self.optimizer = torch.optim.Adam([self.values], betas=(0.0, 0.999), eps=1e-12)
 
     @property
     def lr(self) -> Tensor:
-        return self.logs.detach()[0].exp()
+        return self.values[0].clone() if self.printed else self.values[0].exp()
 
     @property
     def wd(self) -> Tensor:
-        return self.logs.detach()[1].exp()
+        return self.values[1].clone() if self.printed else self.values[1].exp()
 
     def set_lr(self, lr: float) -> None:
-        self.logs.data[0] = torch.tensor(lr).log()
+        value = torch.tensor(lr)
+        self.values[0] = value if self.printed else value.log()
 
-    def step(self, d_lr: Tensor, d_wd: Tensor) -> None:
-        """Eq. (3), for the gradients dL/dlr and dL/dwd."""
-        self.logs.grad = torch.stack([self.lr * d_lr, self.wd * d_wd])  # dL/dlog lr = lr dL/dlr
+    def step(self, d_lr: Tensor, d_wd: Tensor, beta: float) -> None:
+        """Eq. (3), for the gradients dL/dlr and dL/dwd: eta = eta - beta dL/deta."""
+        gradient = torch.stack([d_lr, d_wd])
+        if not self.printed:
+            gradient = gradient * self.values.exp()  # dL/dlog lr = lr dL/dlr
+            beta = beta / self.steps
+        self.values.grad = gradient
+        self.optimizer.param_groups[0]["lr"] = beta
         self.optimizer.step()  # Eq. (3)
-        self.logs.data[0].clamp_(math.log(LR_RANGE[0]), math.log(LR_RANGE[1]))
-        self.logs.data[1].clamp_(math.log(WD_RANGE[0]), math.log(WD_RANGE[1]))
+        self.values.clamp_(self.ranges[:, 0], self.ranges[:, 1])
 
     def state_dict(self) -> dict:
-        return {"logs": self.logs.detach(), "optimizer": self.optimizer.state_dict()}
+        return {"values": self.values, "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, saved: dict) -> None:
-        self.logs.data.copy_(saved["logs"])
+        self.values.copy_(saved["values"])
         self.optimizer.load_state_dict(saved["optimizer"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Architecture (section 2.3). A node of a cell adds up two operations, each of which reads a state: an input of the cell
 # or an earlier node. A candidate is an operation on a state: 7 operations on up to 5 states are up to 35 entries of
-# alpha, of which two will be kept. b has CODE = 7 numbers. Sparse coding: of all alphas with A alpha = b, the one with
+# alpha, of which two will be kept. b has 7 numbers. Sparse coding: of all alphas with A alpha = b, the one with
 # the smallest sum of absolute values nearly always has no more non-zeros than b has numbers.
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -312,7 +340,6 @@ def select_support(alpha: Tensor, counts: list[int], kept: int, ops: tuple[str, 
 
 NODES = 4  # of a cell; node j reads the states 0 .. j + 1, of which 0 and 1 are the cell's inputs
 OPS = common.PRIMITIVES[1:]  # without "none", as both public one-stage codes [A]
-CODE = 7  # length of a node's b
 
 
 class SparseCell(nn.Module):
@@ -384,6 +411,7 @@ class SparseSupernet(nn.Module):
 
     ops = OPS
     kept = 2  # operations that a node keeps
+    code = 7  # length of a node's b [A]
 
     def __init__(
         self,
@@ -451,17 +479,17 @@ class SparseSupernet(nn.Module):
         # A is random and fixed; nodes with fewer candidates than others have zeros. What a node lacks comes last:
         # states that do not exist yet, and skip_connect in a layer of the MobileNet space
         nodes = len(self.states)
-        A = torch.rand(nodes, CODE, len(self.ops) * max(self.states))  # U(0, 1) [A]
+        A = torch.rand(nodes, self.code, len(self.ops) * max(self.states))  # U(0, 1) [A]
         for cell in self.cells:
             for k, candidates in enumerate(cell.nodes, cell.first_node):
                 A[k, :, len(candidates) :] = 0
         self.register_buffer("A", A)
         self.register_buffer("alpha", torch.zeros(nodes, A.shape[2]))
-        self.register_buffer("A_S", torch.zeros(nodes, CODE, self.kept))
+        self.register_buffer("A_S", torch.zeros(nodes, self.code, self.kept))
         self.register_buffer("alpha_S", torch.zeros(nodes, self.kept))
 
         # b, which the search moves, and with it the support
-        self.b.extend(nn.Parameter(b_scale * torch.randn(CODE)) for _ in range(nodes))
+        self.b.extend(nn.Parameter(b_scale * torch.randn(self.code)) for _ in range(nodes))
         self.set_alpha(self.decode())
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -659,9 +687,14 @@ class Learned:
         b = {"params": self.net.b}  # as a group, because it is empty where the architecture is given
         self.b_optimizer = torch.optim.Adam([b], args.arch_lr, betas=(0.5, 0.999), weight_decay=1e-3)  # [A: ISTA-NAS]
         self.tau = torch.zeros(len(AUGMENTATIONS), len(AUGMENTATIONS), device=device, requires_grad=True)  # uniform
+        if args.updates == "printed":
+            self.tau_optimizer = torch.optim.SGD([self.tau], momentum=0.9, nesterov=True, weight_decay=5e-4)  # [A]
+        else:
+            self.tau_optimizer = torch.optim.SGD([self.tau])  # plain gradient steps [C]
+        count = len(data.train_images)
         epochs = args.train_epochs + (0 if support else args.search_epochs)
-        steps = epochs * (len(data.train_images) // args.batch_size)
-        self.eta = Eta(args.lr, args.weight_decay, args.beta, steps, device)
+        self.steps = epochs * (count // common.check_batch(count, args.batch_size, WORLD))
+        self.eta = Eta(args.lr, args.weight_decay, args.updates, self.steps, args.lr_range, args.wd_range, device)
         self.previous_lr = self.eta.lr  # of the previous step: warm-up may set lr before Eq. (3) looks back at it
         mean, std = common.mean_std(data.train_images)
         self.mean = mean.to(device)
@@ -678,6 +711,7 @@ class Learned:
             "velocity": [self.velocity.get(weight) for weight in self.theta],
             "b_optimizer": self.b_optimizer.state_dict(),
             "tau": self.tau.detach(),
+            "tau_optimizer": self.tau_optimizer.state_dict(),
             "eta": self.eta.state_dict(),
             "previous_lr": self.previous_lr,
         }
@@ -692,6 +726,7 @@ class Learned:
         self.velocity = {weight: v.to(weight) for weight, v in zip(self.theta, saved["velocity"]) if v is not None}
         self.b_optimizer.load_state_dict(saved["b_optimizer"])
         self.tau.data.copy_(saved["tau"])
+        self.tau_optimizer.load_state_dict(saved["tau_optimizer"])
         self.eta.load_state_dict(saved["eta"])
         self.previous_lr.copy_(saved["previous_lr"])
 
@@ -708,11 +743,25 @@ def average_gradients(params: list[Tensor]) -> None:
             g.copy_(mean.view_as(g))
 
 
+def mean_of_batch(losses: Tensor) -> Tensor:
+    """The mean loss of the whole batch; under torchrun `losses` are this process's share of it."""
+    mean = losses.detach().mean()
+    if dist.is_initialized():
+        dist.all_reduce(mean)
+        mean = mean / dist.get_world_size()
+    return mean
+
+
 def train_step(s: Learned, images: Tensor, labels: Tensor, args: argparse.Namespace) -> Tensor:
     """One iteration on uint8 images (B, 3, H, W), cropped and flipped at random, and labels (B,).
 
     Returns the mean loss and the accuracy in %, (2,), of the augmented images.
     """
+    # --tau-lr and --beta: the first number is for the search, the last for the time after it
+    searching = not all(s.net.frozen)
+    tau_lr = args.tau_lr[0] if searching else args.tau_lr[-1]
+    beta = args.beta[0] if searching else args.beta[-1]
+
     # 1. A pair of operations for every image
     x = images / 255  # (B, 3, H, W) in [0, 1]
     if not args.no_da:
@@ -734,7 +783,10 @@ def train_step(s: Learned, images: Tensor, labels: Tensor, args: argparse.Namesp
         parameter.grad = None
     losses.mean().backward()
     if not args.no_da:
-        policy_loss(s.tau, pairs, losses, args.da_weight, args.da_entropy).backward()
+        loss_DA = policy_loss(s.tau, pairs, losses, args.updates, mean_of_batch(losses))
+        if args.updates == "scale-free":
+            loss_DA = WORLD * loss_DA  # a sum over the batch; average_gradients makes it a mean over the processes
+        loss_DA.backward()
     ran = [weight for weight in s.theta if weight.grad is not None]
     average_gradients([*ran, *s.net.b, s.tau])
 
@@ -744,12 +796,12 @@ def train_step(s: Learned, images: Tensor, labels: Tensor, args: argparse.Namesp
     if moved and not args.no_hpo:
         grads = [weight.grad for weight in moved]
         d_lr, d_wd = hypergradient(grads, [s.velocity[weight] for weight in moved], moved, s.previous_lr)
-        s.eta.step(d_lr, d_wd)  # Eq. (3)
+        s.eta.step(d_lr, d_wd, beta)  # Eq. (3)
 
-    # 4. The policy. Its loss is a sum over the batch; average_gradients made it the mean of WORLD processes' sums
+    # 4. The policy
     if not args.no_da:
-        with torch.no_grad():
-            s.tau -= args.tau_lr * WORLD * s.tau.grad
+        s.tau_optimizer.param_groups[0]["lr"] = tau_lr
+        s.tau_optimizer.step()
 
     # 5. b, and the weights. A weight that did not run in the previous step starts with v = 0 [C]
     s.b_optimizer.step()
@@ -833,7 +885,7 @@ def prepare_dha(args: argparse.Namespace, device: torch.device) -> tuple[common.
     ).to(device)
     if WORLD > 1 and RANK == 0:
         dist.barrier()
-    common.batch_indices(len(data.train_images), args.batch_size, 0, RANK, WORLD)  # can the processes share a batch?
+    common.check_batch(len(data.train_images), args.batch_size, WORLD)
     if args.cutout >= 2 * data.train_images.shape[3]:
         raise InputError(f"--cutout {args.cutout} always hides the whole image: give less")
 
@@ -845,14 +897,11 @@ def prepare_dha(args: argparse.Namespace, device: torch.device) -> tuple[common.
     torch.manual_seed(args.seed)
     s = Learned(args, data, device, support)
 
-    # The limits of Eq. (1). A resumed run has met them
+    # The limits of Eq. (1), for what is searched. A resumed run has met them
     image_size = data.train_images.shape[3]
-    if not (Path(args.out) / "checkpoint.pt").exists():
-        if support and cost_share(s.net, support, args, image_size) > 1:
-            raise InputError("the genotype breaks --max-params or --max-flops")
-        if not support:
-            start_within_limits(s.net, args, image_size)
-            s.net.set_alpha(from_process_0(s.net.alpha))
+    if not support and not (Path(args.out) / "checkpoint.pt").exists():
+        start_within_limits(s.net, args, image_size)
+        s.net.set_alpha(from_process_0(s.net.alpha))
     return data, s
 
 
@@ -879,12 +928,11 @@ def search_and_train(s: Learned, args: argparse.Namespace, data: common.Data, hi
         seed = 100_003 * args.seed + epoch
         torch.manual_seed(1_009 * seed + RANK)
 
-        # With Eq. (3) each batch is drawn from all images, so that an epoch may see an image twice [C]: the next batch
+        # Each batch is drawn from all images, so that an epoch may see an image twice [C]: for Eq. (3) the next batch
         # must be independent of those in v. Batches of one permutation share no image, which biases dL/dlr upwards, so
         # that lr falls too early
-        independent = not args.no_hpo
         count = len(data.train_images)
-        order = common.batch_indices(count, args.batch_size, seed, RANK, WORLD, independent).to(device)
+        order = common.batch_indices(count, args.batch_size, seed, RANK, WORLD, independent=True).to(device)
         batches = common.loader(data.train_images, data.train_labels, order, train=True)
         totals = torch.zeros(2, device=device)
         for images, labels in tqdm(batches, f"epoch {epoch + 1}", len(order), leave=False, disable=QUIET):
@@ -940,19 +988,25 @@ def search_and_train(s: Learned, args: argparse.Namespace, data: common.Data, hi
 # Flags
 # ---------------------------------------------------------------------------------------------------------------------
 
+STEP_SIZES = {  # of the two --updates
+    "printed": dict(tau_lr=[0.02, 0.05], beta=[1e-8, 1e-6], lr_range=[0.001, 0.05], wd_range=[1e-4, 5e-4]),  # [A]
+    "scale-free": dict(tau_lr=[0.001], beta=[10.0], lr_range=[1e-4, 0.1], wd_range=[1e-4, 1e-2]),  # [C]
+}
 PRESETS = {
     "paper": {},  # the defaults of the flags: CIFAR-10
+    "scale-free": dict(updates="scale-free", **STEP_SIZES["scale-free"]),  # the paper's sizes [C]
     "quick": dict(  # [C]
         dataset="shapes", search_epochs=3, train_epochs=4, batch_size=64, channels=8, layers=3, lr=0.05,
-        tau_lr=0.04, arch_lr=3e-3, b_scale=0.1, drop_path=0.0, auxiliary_weight=0.0, cutout=0,
+        arch_lr=3e-3, b_scale=0.1, drop_path=0.0, auxiliary_weight=0.0, cutout=0,
+        updates="scale-free", **{**STEP_SIZES["scale-free"], "tau_lr": [0.04]},
     ),
-    "imagenet": dict(  # [A: DARTS; its warm-up ISTA-NAS]
-        dataset="imagenet", train_epochs=250, batch_size=128, channels=48, layers=14, lr=0.1, warmup_epochs=5,
-        label_smoothing=0.1, drop_path=0.0, cutout=0,
-        weight_decay=1e-4,  # DARTS' 3e-5 is not in WD_RANGE. lr starts at the upper end of its range
+    "imagenet": dict(  # [A: DARTS; its warm-up ISTA-NAS; the updates [C]]
+        dataset="imagenet", train_epochs=250, batch_size=128, channels=48, layers=14, lr=0.1, weight_decay=3e-5,
+        warmup_epochs=5, label_smoothing=0.1, drop_path=0.0, cutout=0, max_params=0, max_flops=600_000_000,
+        updates="scale-free", **{**STEP_SIZES["scale-free"], "wd_range": [1e-5, 1e-2]},
     ),
 }  # fmt: skip
-MOBILENET = dict(channels=32, layers=21, auxiliary_weight=0.0, drop_path=0.0)  # ProxylessNAS' size
+MOBILENET = dict(channels=32, layers=21, auxiliary_weight=0.0, drop_path=0.0, max_params=0)  # ProxylessNAS' size
 MOBILENET_QUICK = dict(channels=8, layers=11, search_epochs=2, train_epochs=6, b_scale=0.5)
 
 
@@ -985,8 +1039,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--batch-size", type=at_least(2), default=96, help="images per step, over all processes [A: DARTS]")
     add("--channels", type=at_least(2), default=36, help="channels of the first cells, even [A: DARTS]")
     add("--layers", type=at_least(3), default=20, help="cells; reductions at 1/3 and 2/3 [A: DARTS]")
-    add("--lr", type=at_least(0.0), default=0.025, help="learning rate of theta at the start [A: DARTS]")
-    add("--weight-decay", type=at_least(0.0), default=3e-4, help="weight decay at the start [A: DARTS]")
+    add("--lr", type=at_least(0.0), default=0.0255, help="learning rate of theta at the start [A]")
+    add("--weight-decay", type=at_least(0.0), default=3e-4, help="weight decay at the start [A]")
     add("--auxiliary-weight", type=at_least(0.0), default=0.4, help="weight of the auxiliary head's loss [A: DARTS]")
     add("--label-smoothing", type=at_least(0.0, 1.0), default=0.0, help="share of a label that all classes get alike")
     add("--warmup-epochs", type=at_least(0), default=0, help="epochs in which lr rises to --lr, linearly")
@@ -995,24 +1049,30 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
     add = parser.add_argument_group("policy (Eq. 2), lr and wd (Eq. 3), architecture (Eqs. 1, 4)").add_argument
     add("--no-da", action="store_true", help="no policy: crop, flip and cutout only")
-    add("--da-weight", choices=["p", "ratio"], default="ratio", help="p: Eq. (2) as printed [P]; ratio: ours [C]")
-    add("--da-entropy", type=at_least(0.0), default=0.3, help="lambda_H, weight of the entropy, with ratio [C]")
-    add("--tau-lr", type=at_least(0.0), default=1e-3, help="step size of tau; short runs need more [C]")
+    add("--updates", choices=list(STEP_SIZES), default="printed", help="Eqs. (2), (3) as printed [P] or scale-free [C]")
+    add("--tau-lr", type=at_least(0.0), nargs="+", help="step size of tau; two: in the search, afterwards [A]")
     add("--no-hpo", action="store_true", help="wd stays, lr falls by a cosine once the search is over [A: ISTA-NAS]")
-    add("--beta", type=at_least(0.0), default=10.0, help="Eq. (3): e-folds of lr if its gradient never changed [C]")
+    add("--beta", type=at_least(0.0), nargs="+", help="step size of Eq. (3); two: in the search, afterwards [A]")
+    add("--lr-range", type=at_least(0.0), nargs=2, help="where Eq. (3) may move lr [A]")
+    add("--wd-range", type=at_least(0.0), nargs=2, help="where Eq. (3) may move wd [A]")
     add("--genotype", type=os.path.expanduser, help=f"no search: {', '.join(common.GENOTYPES)}, or a file")
     add("--arch-lr", type=at_least(0.0), default=3e-4, help="Adam's learning rate for b [A: ISTA-NAS]")
     add("--b-scale", type=at_least(0.0), default=1e-3, help="standard deviation of b at the start [A: ISTA-NAS]")
     add("--space", choices=["cells", "mobilenet"], default="cells", help="DARTS' cells, or ProxylessNAS' layers")
-    add("--max-params", type=at_least(1), help="Eq. (1): reject supports whose network has more parameters")
-    add("--max-flops", type=at_least(1), help="Eq. (1): reject supports with more multiply-adds per image")
+    add("--max-params", type=at_least(0), default=3_700_000, help="Eq. (1): most parameters; 0: any number [A]")
+    add("--max-flops", type=at_least(0), default=0, help="Eq. (1): most multiply-adds per image; 0: any number")
 
     # The preset replaces defaults, which --help then shows; flags that are given win
     first_look = argparse.ArgumentParser(usage=parser.usage, add_help=False, allow_abbrev=False)
     first_look.add_argument("--preset", default="paper")
     first_look.add_argument("--space", default="cells")
+    first_look.add_argument("--updates")
     given = first_look.parse_known_args(argv)[0]
-    parser.set_defaults(**PRESETS.get(given.preset, {}))
+    preset = PRESETS.get(given.preset, {})
+    parser.set_defaults(**preset)
+    updates = given.updates or preset.get("updates", "printed")
+    if updates in STEP_SIZES and updates != preset.get("updates"):  # those of a preset are for its own updates
+        parser.set_defaults(**STEP_SIZES[updates])
     if given.space == "mobilenet":
         parser.set_defaults(**MOBILENET)
         if given.preset == "quick":
@@ -1031,10 +1091,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error("--space mobilenet has 6, 11, 16, 21, ... --layers and no auxiliary head")
     if args.genotype and not args.train_epochs:
         parser.error("--genotype with --train-epochs 0 leaves nothing to do")
-    if not (args.no_hpo or LR_RANGE[0] <= args.lr <= LR_RANGE[1]):
-        parser.error(f"--lr must lie in {LR_RANGE}, where Eq. (3) moves it, or give --no-hpo")
-    if not (args.no_hpo or WD_RANGE[0] <= args.weight_decay <= WD_RANGE[1]):
-        parser.error(f"--weight-decay must lie in {WD_RANGE}, where Eq. (3) moves it, or give --no-hpo")
+    if len(args.tau_lr) > 2 or len(args.beta) > 2:
+        parser.error("--tau-lr and --beta take one number, or two: in the search, afterwards")
+    if not (args.no_hpo or args.lr_range[0] <= args.lr <= args.lr_range[1]):
+        parser.error(f"--lr must lie in --lr-range {args.lr_range}, where Eq. (3) moves it, or give --no-hpo")
+    if not (args.no_hpo or args.wd_range[0] <= args.weight_decay <= args.wd_range[1]):
+        parser.error(f"--weight-decay must lie in --wd-range {args.wd_range}, where Eq. (3) moves it, or give --no-hpo")
     if args.amp and args.gpu < 0:
         print("note: --amp is for a GPU: it is switched off")
         args.amp = False
@@ -1472,6 +1534,7 @@ class MobileSupernet(SparseSupernet):
 
     ops = common.MOBILE_PRIMITIVES
     kept = 1
+    code = 3  # shorter than alpha, which has 7 entries [C]
 
     def count_states(self, layers: int) -> list[int]:
         return [1] * layers

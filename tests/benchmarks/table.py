@@ -4,7 +4,8 @@
     python tests/benchmarks/table.py dha                            # prints the table from tests/results/dha.jsonl
 
 Starts every run that tests/results/<table>.jsonl does not hold, and goes on with those that were stopped. A run that
-ends adds its line. --jobs runs at once share the cores.
+ends adds its line. --jobs runs at once share the cores. --dataset folder is CIFAR-10 as train/<class>/*, test/<class>/*;
+--dataset cifar10 are the original files, whose table is another one: tests/results/<table>-cifar10.jsonl.
 """
 
 import argparse
@@ -30,18 +31,26 @@ import common
 import dha
 import joint_darts_faa
 
-# While it trains a run looks at 100 test images; all of them judge its network at the end
-DATA = "--preset quick --dataset folder --image-size 16 --limit-test 100 --batch-size 50"
-SMALL = f"{DATA} --limit-train 500"
-SEARCHED = f"{SMALL} --search-epochs 40 --train-epochs 200"
-GIVEN = f"{SMALL} --train-epochs 240 --genotype OUT/genotype-SEED.json"
-STEPS = "--tau-lr 0.02"  # chosen on seeds 100 and 101: the entropy of p(tau) ends at 5.0
-JOINT = f"{SEARCHED} --search-images 500 --search-batch-size 50"
-REDUCED = (
-    "--preset quick --dataset folder --limit-test 100 --batch-size 50 --limit-train 4000 --channels 24 "
-    "--search-epochs 20"
+# Small networks. While it trains a run looks at 100 test images; all of them judge its network at the end
+ALIKE = "--limit-test 100 --batch-size 50 --layers 3 --arch-lr 3e-3 --auxiliary-weight 0 --drop-path 0 --cutout 0"
+SMALL = f"{ALIKE} --image-size 16 --limit-train 500 --channels 8"
+DHA = f"{ALIKE} --lr 0.05 --b-scale 0.1"
+FREE = "--updates scale-free --tau-lr"
+
+# DHA's table. Plain steps of Eq. (3) are not scale-free: beta is chosen on seeds 100 and 101 (see the table beta), and
+# so is scale-free's step of tau, 0.02, with which the entropy of p(tau) ends at 5.0
+GIVEN = f"{SMALL} {DHA} --train-epochs 240 --genotype OUT/genotype-SEED.json"
+SEARCHED = f"{SMALL} {DHA} --search-epochs 40 --train-epochs 200"
+BETA = "--beta 5e-8 5e-6"
+
+# The reduced CIFAR-10 of AutoAugment: 4,000 images at their size. tau's step: as far in 6,400 steps as in 2,400
+REDUCED = f"{DHA} --image-size 32 --limit-train 4000 --channels 24 --search-epochs 20"
+REDUCED_BETA = "--beta 2e-8 2e-6"
+
+JOINT = (
+    "--preset quick --image-size 16 --limit-test 100 --batch-size 50 --limit-train 500 --search-epochs 40 "
+    "--train-epochs 200 --search-images 500 --search-batch-size 50"
 )
-AS_STEPS = "--tau-lr 0.0075"  # as far in 6,400 steps as STEPS in 2,400
 STARTS = (0.0025, 0.01, 0.05, 0.1)  # of lr
 
 TABLES = {  # table: row: command. SEED and OUT are filled in
@@ -49,28 +58,33 @@ TABLES = {  # table: row: command. SEED and OUT are filled in
         "random genotype": f"dha.py {GIVEN} --no-da --no-hpo",
         "One-Stage ISTA": f"dha.py {SEARCHED} --no-da --no-hpo",
         "random pairs": f"dha.py {SEARCHED} --no-hpo --tau-lr 0",
-        "random pairs, batches of Eq. 3": f"tests/benchmarks/independent.py {SEARCHED} --no-hpo --tau-lr 0",
-        "Sequential DHA": f"baseline_sequential.py --method dha {SMALL} --search-epochs 40 --train-epochs 240 {STEPS}",
-        "DHA, Eq. 2 as printed": f"dha.py {SEARCHED} --da-weight p --tau-lr 0.05",  # 0.25 collapses
-        "DHA": f"dha.py {SEARCHED} {STEPS}",
-        "DHA without DA": f"dha.py {SEARCHED} {STEPS} --no-da",
-        "DHA without HPO": f"dha.py {SEARCHED} {STEPS} --no-hpo",
-        "DHA without NAS": f"dha.py {GIVEN} {STEPS}",
+        "DHA, scale-free": f"dha.py {SEARCHED} {FREE} 0.02",
+        "DHA, scale-free, tau's step x 2": f"dha.py {SEARCHED} {FREE} 0.04",
+        "DHA, scale-free, tau's step x 4": f"dha.py {SEARCHED} {FREE} 0.08",
+        "DHA without HPO": f"dha.py {SEARCHED} --no-hpo",
+        "DHA": f"dha.py {SEARCHED} {BETA}",
+        "DHA without DA": f"dha.py {SEARCHED} {BETA} --no-da",
+        "DHA without NAS": f"dha.py {GIVEN} {BETA}",
+        "Sequential DHA": f"baseline_sequential.py --method dha {SMALL} {DHA} --search-epochs 40 --train-epochs 240 {BETA}",
     },
-    "reduced": {  # the reduced CIFAR-10 of AutoAugment: 4,000 images at their size
-        "One-Stage ISTA": f"dha.py {REDUCED} --train-epochs 60 --no-da --no-hpo",
+    "reduced": {
+        "DHA": f"dha.py {REDUCED} --train-epochs 60 {REDUCED_BETA}",
         "random pairs": f"dha.py {REDUCED} --train-epochs 60 --no-hpo --tau-lr 0",
-        "Sequential DHA": f"baseline_sequential.py --method dha {REDUCED} --train-epochs 80 {AS_STEPS}",
-        "DHA": f"dha.py {REDUCED} --train-epochs 60 {AS_STEPS}",
+        "One-Stage ISTA": f"dha.py {REDUCED} --train-epochs 60 --no-da --no-hpo",
+        "DHA, scale-free": f"dha.py {REDUCED} --train-epochs 60 {FREE} 0.0075",
+        "Sequential DHA": f"baseline_sequential.py --method dha {REDUCED} --train-epochs 80 {REDUCED_BETA}",
     },
-    "beta": {f"beta {beta}": f"dha.py {SEARCHED} {STEPS} --beta {beta}" for beta in (5, 10, 15, 20)},
+    "beta-printed": {  # times the authors' 1e-8 and 1e-6. 156 is 374,400 steps over 2,400
+        f"{times} times": f"dha.py {SEARCHED} --beta {times * 1e-8:g} {times * 1e-6:g}" for times in (156, 16, 5, 3)
+    },
+    "beta": {f"beta {beta}": f"dha.py {SEARCHED} {FREE} 0.02 --beta {beta}" for beta in (5, 10, 15, 20)},
     "length": {  # T, the steps of a run; the last has 2,000 images
-        "650 steps": f"dha.py {SMALL} --search-epochs 15 --train-epochs 50 {STEPS}",
-        "2,400 steps": f"dha.py {SEARCHED} {STEPS}",
-        "10,000 steps": f"dha.py {DATA} --limit-train 2000 --search-epochs 40 --train-epochs 210 {STEPS}",
+        "650 steps": f"dha.py {SMALL} {DHA} --search-epochs 15 --train-epochs 50 {FREE} 0.02",
+        "2,400 steps": f"dha.py {SEARCHED} {FREE} 0.02",
+        "10,000 steps": f"dha.py {SMALL} --limit-train 2000 {DHA} --search-epochs 40 --train-epochs 210 {FREE} 0.02",
     },
     "lr": {
-        f"{way} from {lr}": f"dha.py {SEARCHED} --no-da --lr {lr}{flag}"
+        f"{way} from {lr}": f"dha.py {SEARCHED} {FREE} 0.02 --no-da --lr {lr}{flag}"
         for lr in STARTS
         for way, flag in (("Eq. 3", ""), ("cosine", " --no-hpo"))
     },
@@ -89,6 +103,7 @@ TABLES = {  # table: row: command. SEED and OUT are filled in
 REFERENCES = {
     "dha": ["One-Stage ISTA", "random pairs", "DHA"],
     "reduced": ["One-Stage ISTA", "random pairs", "DHA"],
+    "beta-printed": [],
     "beta": [],
     "length": [],
     "joint": ["DARTS", "Faster AA, then DARTS", "jointly"],
@@ -113,10 +128,18 @@ def prepare(out: Path, seed: int) -> None:
 
 def kept_results(name: str, row: str) -> dict[int, dict]:
     """The results of a row that are kept: seed -> result."""
+    return {result["seed"]: result for result in kept_lines(name) if result["row"] == row}
+
+
+def commands(name: str) -> dict[str, str]:
+    """The rows of a table, and their commands."""
+    return TABLES[name.removesuffix("-cifar10")]
+
+
+def kept_lines(name: str) -> list[dict]:
     path = RESULTS / f"{name}.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    results = [json.loads(line) for line in lines]
-    return {result["seed"]: result for result in results if result["row"] == row}
+    return [json.loads(line) for line in lines]
 
 
 def draws(path: Path) -> dict[str, float] | None:
@@ -151,7 +174,7 @@ def directory(row: str, seed: int | str) -> str:
 
 def needed(name: str, row: str) -> list[str]:
     """The rows whose runs find what this row is given."""
-    return [other for other in TABLES[name] if f"/{directory(other, 'SEED')}/" in TABLES[name][row]]
+    return [other for other in commands(name) if f"/{directory(other, 'SEED')}/" in commands(name)[row]]
 
 
 def run(name: str, row: str, seed: int, mine: argparse.Namespace, before: list[Future]) -> None:
@@ -161,11 +184,10 @@ def run(name: str, row: str, seed: int, mine: argparse.Namespace, before: list[F
     if seed in kept_results(name, row):
         return
     out = mine.out / name / directory(row, seed)
-    command = TABLES[name][row].replace("OUT", str(mine.out)).replace("SEED", str(seed))
-    command += f" --seed {seed} --out {out}"
+    command = commands(name)[row].replace("OUT", str(mine.out)).replace("SEED", str(seed))
+    command += f" --dataset {mine.dataset} --seed {seed} --out {out}"
     given = ["--data-dir", mine.data_dir]
-    if mine.gpu is not None:
-        given += ["--gpu", str(mine.gpu)]
+    given += ["--gpu", str(mine.gpu)]
     env = {**os.environ, "OMP_NUM_THREADS": str(max(os.cpu_count() // mine.jobs, 1))}
 
     print(f"python {command}", flush=True)
@@ -181,8 +203,8 @@ def run(name: str, row: str, seed: int, mine: argparse.Namespace, before: list[F
         load = dha.load_model
     net, info = load(ROOT / out / "model.pt")
     about = json.loads((ROOT / out / "config.json").read_text())
-    limit = int(re.search(r"--limit-train (\d+)", command)[1])
-    data = common.load_data("folder", mine.data_dir, info["image_size"], limit)
+    limit = int(re.findall(r"--limit-train (\d+)", command)[-1])
+    data = common.load_data(mine.dataset, mine.data_dir, info["image_size"], limit)
     accuracy = dha.evaluate(net, data.test_images, data.test_labels, info["mean"], info["std"])
     memorised = dha.evaluate(net, data.train_images, data.train_labels, info["mean"], info["std"])
 
@@ -207,6 +229,14 @@ def run(name: str, row: str, seed: int, mine: argparse.Namespace, before: list[F
     }
     with WRITING, open(RESULTS / f"{name}.jsonl", "a") as kept:
         kept.write(json.dumps(result) + "\n")
+
+
+def one_machine(mine: argparse.Namespace) -> None:
+    """A table is of one kind of device and one version of torch: end the program where kept lines are of others."""
+    device = "cpu" if mine.gpu < 0 else "cuda"
+    for line in kept_lines(mine.table):
+        if line["torch"] != torch.__version__ or line["device"].split(":")[0] != device:
+            raise SystemExit(f"{mine.table}.jsonl is of torch {line['torch']} on {line['device']}: move it away")
 
 
 def difference(name: str, row: str, reference: str) -> str:
@@ -255,8 +285,8 @@ def table(name: str) -> str:
     on the same images as they are (where it is kept), mean parameters. A row without a result is left out."""
     if name == "lr":
         return table_of_starts()
-    references = REFERENCES[name]
-    rows = {row: list(kept_results(name, row).values()) for row in TABLES[name]}
+    references = REFERENCES[name.removesuffix("-cifar10")]
+    rows = {row: list(kept_results(name, row).values()) for row in commands(name)}
     rows = {row: results for row, results in rows.items() if results}
     clean = all("clean_train_accuracy" in result for results in rows.values() for result in results)
     head = ["", "seeds", "test (%)", *(f"minus {row}" for row in references), "train (%)"]
@@ -293,7 +323,7 @@ def draw_rates(name: str) -> None:
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
-    for row in TABLES[name]:
+    for row in commands(name):
         results = kept_results(name, row)
         if results:
             axis.plot([tenth / 10 for tenth in range(1, 11)], results[min(results)]["lr"], ".-", label=row)
@@ -305,14 +335,18 @@ def draw_rates(name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--data-dir", help="CIFAR-10 as train/<class>/*, test/<class>/*; None: start nothing")
+    parser.add_argument("--data-dir", help="where the data set is; None: start nothing, print what is kept")
+    parser.add_argument("--dataset", default="folder", choices=["folder", "cifar10"])
     parser.add_argument("--out", type=Path, default=Path("runs/table"), help="run directories")
     parser.add_argument("--seeds", type=int, default=5, help="how many seeds to run; the table has all that are kept")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, which share the cores")
-    parser.add_argument("--gpu", type=int)
+    parser.add_argument("--gpu", type=int, default=0 if torch.cuda.is_available() else -1, help="-1 is the CPU")
     mine = parser.parse_args()
+    if mine.dataset == "cifar10":
+        mine.table += "-cifar10"
     if mine.data_dir:
+        one_machine(mine)
         mine.data_dir = str(Path(mine.data_dir).absolute())
         (ROOT / mine.out / mine.table).mkdir(parents=True, exist_ok=True)
         seeds = range(mine.first_seed, mine.first_seed + mine.seeds)
@@ -333,7 +367,7 @@ def main() -> None:
         try:
             runs = {}
             for seed in seeds:
-                for row in TABLES[mine.table]:
+                for row in commands(mine.table):
                     before = [runs[other, seed] for other in needed(mine.table, row)]
                     runs[row, seed] = pool.submit(attempt, mine.table, row, seed, mine, before)
             for done in runs.values():
