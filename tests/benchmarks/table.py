@@ -4,8 +4,8 @@
     python tests/benchmarks/table.py dha                            # prints the table from tests/results/dha.jsonl
 
 Starts every run that tests/results/<table>.jsonl does not hold, and goes on with those that were stopped. A run that
-ends adds its line. --jobs runs at once share the cores. --dataset folder is CIFAR-10 as train/<class>/*, test/<class>/*;
---dataset cifar10 are the original files, whose table is another one: tests/results/<table>-cifar10.jsonl.
+ends adds its line. --jobs runs at once share the cores. --dataset folder is CIFAR-10 as train/<class>/* and
+test/<class>/*; --dataset cifar10 are the original files, whose tables are others: tests/results/<table>-cifar10.jsonl.
 """
 
 import argparse
@@ -34,7 +34,7 @@ import joint_darts_faa
 # Small networks. While it trains a run looks at 100 test images; all of them judge its network at the end
 ALIKE = "--limit-test 100 --batch-size 50 --layers 3 --arch-lr 3e-3 --auxiliary-weight 0 --drop-path 0 --cutout 0"
 SMALL = f"{ALIKE} --image-size 16 --limit-train 500 --channels 8"
-DHA = f"{ALIKE} --lr 0.05 --b-scale 0.1"
+DHA = "--lr 0.05 --b-scale 0.1"
 FREE = "--updates scale-free --tau-lr"
 
 # DHA's table. Plain steps of Eq. (3) are not scale-free: beta is chosen on seeds 100 and 101 (see the table beta), and
@@ -44,7 +44,7 @@ SEARCHED = f"{SMALL} {DHA} --search-epochs 40 --train-epochs 200"
 BETA = "--beta 5e-8 5e-6"
 
 # The reduced CIFAR-10 of AutoAugment: 4,000 images at their size. tau's step: as far in 6,400 steps as in 2,400
-REDUCED = f"{DHA} --image-size 32 --limit-train 4000 --channels 24 --search-epochs 20"
+REDUCED = f"{ALIKE} {DHA} --image-size 32 --limit-train 4000 --channels 24 --search-epochs 20"
 REDUCED_BETA = "--beta 2e-8 2e-6"
 
 JOINT = (
@@ -65,7 +65,7 @@ TABLES = {  # table: row: command. SEED and OUT are filled in
         "DHA": f"dha.py {SEARCHED} {BETA}",
         "DHA without DA": f"dha.py {SEARCHED} {BETA} --no-da",
         "DHA without NAS": f"dha.py {GIVEN} {BETA}",
-        "Sequential DHA": f"baseline_sequential.py --method dha {SMALL} {DHA} --search-epochs 40 --train-epochs 240 {BETA}",
+        "Sequential DHA": f"baseline_sequential.py --method dha {SEARCHED} {BETA} --train-epochs 240",
     },
     "reduced": {
         "DHA": f"dha.py {REDUCED} --train-epochs 60 {REDUCED_BETA}",
