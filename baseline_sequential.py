@@ -9,17 +9,13 @@
     python baseline_sequential.py --resume --out runs/baseline_sequential-cifar10-seed0
     python baseline_sequential.py --compare runs/*                               # a table of runs of any script
 
-This file holds Faster AutoAugment alone. All else are ordinary runs of joint_darts_faa.py and dha.py, in folders of
---out, so that both sides of a comparison share their code:
-
-    faa-darts   Faster AutoAugment finds policy.json. Then joint_darts_faa.py --policy policy.json: DARTS, without a
-                policy, finds cells, and their network is trained from scratch with that policy
-    darts       joint_darts_faa.py --policy none
-    dha         dha.py --no-da --no-hpo --train-epochs 0 finds genotype.json, the architecture alone. Then dha.py
-                --genotype genotype.json trains it from scratch, and learns policy, lr and wd meanwhile
+What "one after the other" means stands in three functions, faa_then_darts, darts and nas_then_train: a line is a stage,
+an ordinary run of a script in a folder of --out, which hands what it found to the next one. So both sides of a
+comparison share their code. Flags that --help does not list go to the scripts of the stages.
 
 faa-darts and darts are "Baseline" and "DARTS" of Kashima et al. (https://arxiv.org/abs/2012.09407), dha is the
-"Sequential DHA" of Zhou et al. (https://arxiv.org/abs/2109.05765). Flags that --help does not list go to these runs.
+"Sequential DHA" of Zhou et al. (https://arxiv.org/abs/2109.05765). The rest of this file is what no other script has,
+Faster AutoAugment with its critic, and --compare.
 
 Faster AutoAugment is Hataya et al., ECCV 2020, https://arxiv.org/abs/1911.06987. A WideResNet-40-2 with two heads, a
 critic and a classifier, judges the policy, which is that of joint_darts_faa.py: z, p, mu and Eqs. (1) to (3) of
@@ -32,7 +28,7 @@ Kashima et al. One iteration, on the two halves of a batch, all images cropped a
        the classifier classify it correctly
 
 Marks: [P] Kashima et al. say so. [A] Faster AutoAugment's public code does, https://github.com/moskomule/dda, branch
-fasteraa. [C] our choice, where neither says or we depart.
+fasteraa. [C] our choice, where neither says or we depart from both.
 """
 
 import argparse
@@ -44,6 +40,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -59,10 +56,37 @@ import common
 import dha
 import joint_darts_faa
 from common import InputError
-from joint_darts_faa import AUGMENTATIONS, PLACES, QUIET, RANK, WORLD, Policy, at_least, average_gradients
+from joint_darts_faa import AUGMENTATIONS, QUIET, RANK, WORLD, Policy, at_least, average_gradients
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The network: a WideResNet with a classifier and a critic
+# One after the other. stage(folder, script, flags ...) runs a script in a folder of --out, and returns the folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def faa_then_darts(stage: "Stages") -> None:
+    """A policy, for a small network of its own; cells, searched without the policy [P]; training of both together."""
+    policy = stage("policy", FASTER_AA) / "policy.json"
+    genotype = stage("search", JOINT, "--policy", "none", "--search-only") / "genotype.json"
+    stage("train", JOINT, "--genotype", genotype, "--policy", policy)
+
+
+def darts(stage: "Stages") -> None:
+    """Cells, then their training, without a policy."""
+    genotype = stage("search", JOINT, "--policy", "none", "--search-only") / "genotype.json"
+    stage("train", JOINT, "--genotype", genotype, "--policy", "none")
+
+
+def nas_then_train(stage: "Stages") -> None:
+    """Cells alone; then their training from scratch, which learns policy, lr and wd."""
+    genotype = stage("search", DHA, "--no-da", "--no-hpo", "--train-epochs", "0") / "genotype.json"
+    stage("train", DHA, "--genotype", genotype)
+
+
+BASELINES = {"faa-darts": faa_then_darts, "darts": darts, "dha": nas_then_train}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faster AutoAugment. The network: a WideResNet with a classifier and a critic
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -123,20 +147,23 @@ class WideResNet(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Faster AutoAugment: a step of critic and classifier, then a step of the policy
+# One iteration: a step of critic and classifier, then a step of the policy
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def gradient_penalty(critic: Callable, real: Tensor, augmented: Tensor, share: Tensor, norm: str = "pixel") -> Tensor:
-    """WGAN-GP's penalty (Gulrajani et al.): the mean of (|d critic / d x| - 1)^2, at x between real and augmented.
+def gradient_penalty(critic: Callable, real: Tensor, augmented: Tensor, mix: Tensor, norm: str = "pixel") -> Tensor:
+    """WGAN-GP's penalty: the mean of (|d critic / d x| - 1)^2, at x between real and augmented images.
 
-    x is share * real + (1 - share) * augmented, (B, 3, H, W); share: (B,) in [0, 1]; critic: images to values (B,).
-    Differentiable in the critic's parameters. norm: "pixel", one norm per pixel, over its channels [A]; or "image", one
-    per image, as Gulrajani et al. have it. In training a batch norm lets the value of an image depend on the other
-    images of the batch; what is taken here is the gradient of the sum of all values.
+    x is mix * real + (1 - mix) * augmented, (B, 3, H, W); mix: (B,) in [0, 1]; critic: images to values (B,).
+    Differentiable in the critic's parameters. The gradient is that of the sum of all values (in training a batch norm
+    lets the value of an image depend on the others, too).
+
+    norm: "pixel", one norm per pixel, over its channels [A]. It pushes each of the H W pixel gradients to norm 1, and
+    that of the whole image to sqrt(H W), 32 for CIFAR. "image": one per image, pushed to 1: WGAN-GP as Gulrajani et al.
+    define it.
     """
-    share = share.view(-1, 1, 1, 1)
-    x = (share * real + (1 - share) * augmented).detach().requires_grad_(True)
+    mix = mix.view(-1, 1, 1, 1)
+    x = (mix * real + (1 - mix) * augmented).detach().requires_grad_(True)
     (gradient,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
     if norm == "image":
         gradient = gradient.flatten(1)
@@ -148,11 +175,11 @@ class PolicySearch:
 
     def __init__(self, args: argparse.Namespace, num_classes: int, device: torch.device):
         self.net = WideResNet(num_classes, args.depth, args.width)
-        self.net.to(device, memory_format=torch.channels_last)
+        self.net.to(device, memory_format=common.layout(device))
         self.policy = Policy(args.sub_policies, args.stages).to(device)
         self.net_optimizer = torch.optim.Adam(self.net.parameters(), args.faa_lr, betas=(0.0, 0.999))
         self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), args.policy_lr, betas=(0.0, 0.999))
-        self.parts = {  # for the checkpoint
+        self.saved = {  # for the checkpoint
             "net": self.net,
             "policy": self.policy,
             "net_optimizer": self.net_optimizer,
@@ -160,11 +187,17 @@ class PolicySearch:
         }
 
     def state_dict(self) -> dict:
-        return {name: part.state_dict() for name, part in self.parts.items()}
+        return {name: module.state_dict() for name, module in self.saved.items()}
 
     def load_state_dict(self, saved: dict) -> None:
-        for name, part in self.parts.items():
-            part.load_state_dict(saved[name])
+        for name, module in self.saved.items():
+            module.load_state_dict(saved[name])
+
+    def judge(self, x: Tensor, amp: bool) -> tuple[Tensor, Tensor]:
+        """Logits and the critic's values, in float32, of images (B, 3, H, W) in [-1, 1]."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+            logits, value = self.net(x)
+        return logits.float(), value.float()
 
 
 def critic_step(s: PolicySearch, real: Tensor, labels: Tensor, source: Tensor, args: argparse.Namespace) -> Tensor:
@@ -179,11 +212,11 @@ def critic_step(s: PolicySearch, real: Tensor, labels: Tensor, source: Tensor, a
     real = 2 * real - 1
 
     # The critic's loss, and the classifier's
-    logits, real_value = s.net(real)
-    _, augmented_value = s.net(augmented)
+    logits, real_value = s.judge(real, args.amp)
+    _, augmented_value = s.judge(augmented, args.amp)
     distance = real_value.mean() - augmented_value.mean()
-    share = torch.rand(len(real), device=real.device)
-    penalty = gradient_penalty(lambda x: s.net(x)[1], real, augmented, share, args.penalty_norm)
+    mix = torch.rand(len(real), device=real.device)
+    penalty = gradient_penalty(lambda x: s.judge(x, args.amp)[1], real, augmented, mix, args.penalty_norm)
     critic_loss = args.penalty * penalty - distance  # Gulrajani et al.: E[D(fake)] - E[D(real)] + penalty
     class_loss = F.cross_entropy(logits, labels)
 
@@ -202,7 +235,7 @@ def policy_step(s: PolicySearch, images: Tensor, labels: Tensor, args: argparse.
     augmented images in %: (3,).
     """
     s.net.requires_grad_(False)
-    logits, value = s.net(2 * s.policy(images) - 1)
+    logits, value = s.judge(2 * s.policy(images) - 1, args.amp)
     critic_loss = -value.mean()  # a generator's: -E[D(fake)]
     class_loss = F.cross_entropy(logits, labels)
 
@@ -226,10 +259,42 @@ MEASURED = (  # what the two steps return
 )
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The policy search, a stage
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def faa_batch_size(args: argparse.Namespace, count: int) -> int:
     """At most --faa-batch-size of `count` images, rounded down so that every process gets two equal halves."""
     halves = 2 * WORLD
     return min(args.faa_batch_size, args.faa_images, count) // halves * halves
+
+
+def prepare_faa(args: argparse.Namespace, device: torch.device) -> common.Data:
+    """The data of a policy search; raises InputError where they do not fit its flags."""
+    data = joint_darts_faa.load_data(args, device)
+    count = len(data.train_images)
+    common.check_batch(count, faa_batch_size(args, count), WORLD)
+    return data
+
+
+def run_faa(args: argparse.Namespace, device: torch.device) -> None:
+    """Faster AutoAugment; the run directory --out holds all that comes out, policy.json above all."""
+    out = Path(args.out)
+    if (out / "result.json").exists():
+        print(f"{out} is finished already")
+        return
+
+    data = prepare_faa(args, device)
+    with joint_darts_faa.locked(out):
+        history, checkpoint = open_own_run(args, data, device)
+        print(f"{args.dataset}: {data.describe()}")
+        policy = search_policy(args, data, device, history, checkpoint.get("search"))
+        if RANK == 0:
+            joint_darts_faa.save(out / "policy.json", policy.as_dict())
+            draw_search(out, history)
+            result = {"method": "Faster AA", "dataset": args.dataset, "seed": args.seed}
+            joint_darts_faa.save(out / "result.json", {**result, **joint_darts_faa.costs(history)})
 
 
 def search_policy(
@@ -247,13 +312,14 @@ def search_policy(
     shuffled = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(args.seed)).to(device)
     chosen = shuffled[: args.faa_images]
     batch_size = faa_batch_size(args, len(chosen))
-    for epoch in range(len(history), args.faa_epochs):
+    steps = len(chosen) // batch_size
+    joint_darts_faa.announce("policy search", device, s.net, steps * args.faa_epochs)
+    epochs_before = len(history)
+    for epoch in range(epochs_before, args.faa_epochs):
         started = time.perf_counter()
         s.net.train()
 
-        # One seed per epoch, as in the other scripts
-        seed = 100_003 * args.seed + epoch
-        torch.manual_seed(1_009 * seed + RANK)
+        seed = joint_darts_faa.seed_epoch(args.seed, epoch)
         order = chosen[common.batch_indices(len(chosen), batch_size, seed, RANK, WORLD).to(device)]
         batches = common.loader(data.train_images, data.train_labels, order, train=True)
         totals = torch.zeros(len(MEASURED), device=device)
@@ -279,97 +345,122 @@ def search_policy(
         )
         history.append(record)
         joint_darts_faa.save_epoch(Path(args.out), history, search=s.state_dict())
+        if epoch == epochs_before:
+            joint_darts_faa.say_end("the policy search", record["seconds"], args.faa_epochs - len(history))
     return s.policy
 
 
+def draw_search(out: Path, history: list[dict]) -> None:
+    """curves.png of the policy search."""
+    if joint_darts_faa.Figure is None:
+        return  # the other stages say so
+    panels = {
+        "critic": ["distance", "policy_critic_loss"],
+        "penalty": ["penalty"],
+        "class loss (nats)": ["class_loss", "policy_class_loss"],
+        "accuracy (%)": ["accuracy", "policy_accuracy"],
+    }
+    try:
+        joint_darts_faa.draw_curves(out / "curves.png", history, panels)
+    except Exception as error:  # no fault of a figure loses the result
+        print(f"warning: a figure could not be drawn: {type(error).__name__}: {error}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# One after the other
+# Stages
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def parts(args: argparse.Namespace, rest: list[str]) -> dict[str, argparse.Namespace]:
-    """The flags of the runs of the methods, {folder in --out: flags}. The methods themselves refuse wrong ones.
+class Script(NamedTuple):
+    """What a stage needs of a script."""
 
-    args.rest: the flags for them that the run was started with. rest: those of this command, which may only agree.
+    file: str
+    parse_args: Callable  # (argv) -> flags
+    prepare: Callable  # (flags, device) -> data; raises InputError where they do not fit
+    run: Callable  # (flags, device); a finished run returns at once, one that was stopped goes on
+
+
+JOINT = Script(
+    joint_darts_faa.__file__, joint_darts_faa.parse_args, joint_darts_faa.prepare_joint, joint_darts_faa.run_joint
+)
+DHA = Script(dha.__file__, dha.parse_args, dha.prepare_dha, dha.run_dha)
+
+
+class Stages:
+    """Runs the stages of a baseline. When a stage is called for the first time, its flags and data are only checked.
+
+    So a wrong flag of the last stage is found before the first one begins. argv: the baseline's command line.
     """
-    out = Path(args.out)
-    flags = ["--preset", args.preset, "--dataset", args.dataset, "--seed", str(args.seed), *args.rest]
-    if rest != args.rest:
-        flags += rest
-    if args.resume:
-        flags.append("--resume")
 
-    def parse(method, folder: str, own: list[str], handed: list[str]) -> argparse.Namespace:
-        if args.resume and (out / folder / "config.json").exists():
-            handed = []  # it knows; and --out may have been moved since
-        return method.parse_args([*flags, *own, *handed, "--out", str(out / folder)])
+    def __init__(self, argv: list[str], args: argparse.Namespace, device: torch.device):
+        self.argv = argv
+        self.args = args
+        self.device = device
+        self.flags = {}  # of each stage, by its folder
+        self.scripts = {}
+        self.data = None
 
-    if args.method == "dha":
-        genotype = str(out / "search" / "genotype.json")
-        search = parse(dha, "search", ["--no-da", "--no-hpo", "--train-epochs", "0"], [])
-        train = parse(dha, "train", [], ["--genotype", genotype])
-        train.genotype = genotype
-        return {"search": search, "train": train}
-    policy = "none" if args.method == "darts" else str(out / "policy.json")
-    darts = parse(joint_darts_faa, "darts", [], ["--policy", policy])
-    darts.policy = policy
-    return {"darts": darts}
+    def __call__(self, name: str, script: Script, *handed: str | Path) -> Path:
+        folder = Path(self.args.out) / name
+        if name in self.flags:
+            print(f"\n{folder}")
+            self.copy_files(folder, handed)
+            script.run(self.flags[name], self.device)
+            return folder
+
+        # A stage that --resume goes on with has all its flags in its folder, the handed ones too
+        argv = self.argv if script is FASTER_AA else without_own_flags(self.argv)
+        if not (self.args.resume and (folder / "config.json").exists()):
+            argv = [*argv, *map(str, handed)]
+        self.flags[name] = script.parse_args([*argv, "--out", str(folder)])
+        self.scripts[name] = script
+        self.data = script.prepare(self.flags[name], self.device)
+        return folder
+
+    def copy_files(self, folder: Path, handed: tuple) -> None:
+        """Hand over the files: a run reads the copy in its own folder."""
+        for file in handed:
+            if isinstance(file, Path) and RANK == 0:
+                shutil.copyfile(file, folder / file.name)
+
+    def open(self) -> None:
+        """Make the folders, each with the flags of its stage: then resuming the baseline is resuming its stages."""
+        for name, flags in self.flags.items():
+            if RANK == 0:
+                Path(flags.out).mkdir(exist_ok=True)
+            joint_darts_faa.open_run(flags, self.data, self.device, self.scripts[name].file, common.__file__)
 
 
-def run_baseline(args: argparse.Namespace, device: torch.device) -> None:
-    """All parts, one after the other. A part that is finished returns at once; one that was stopped goes on."""
+def run_baseline(argv: list[str], args: argparse.Namespace, device: torch.device) -> None:
+    """All stages of a baseline, one after the other."""
     out = Path(args.out)
     if (out / "result.json").exists():
         print(f"{out} is finished already:", (out / "result.json").read_text())
         return
 
-    # What is wrong with the data or with a file is found here, before anything is written
-    if args.method == "dha":
-        dha.prepare_dha(args.parts["search"], device)
-    else:
-        data, _ = joint_darts_faa.prepare_joint(args.parts["darts"], device)
-    if args.method == "faa-darts":
-        count = len(data.train_images)
-        common.batch_indices(count, faa_batch_size(args, count), 0, RANK, WORLD)
-
+    baseline = BASELINES[args.method]
+    stage = Stages(argv, args, device)
+    baseline(stage)  # only checks flags and data, and writes nothing
     with joint_darts_faa.locked(out):
-        history, checkpoint = keep_flags(args, device)
-        if args.method == "faa-darts" and not (out / "policy.json").exists():
-            print(f"\npolicy: {args.dataset}, {data.describe()}")
-            policy = search_policy(args, data, device, history, checkpoint.get("search"))
-            if RANK == 0:
-                draw_search(out, history)
-                joint_darts_faa.save(out / "policy.json", policy.as_dict())
-
-        # A run begins with a barrier: by then process 0 has written what the one before it found
-        for folder, part in args.parts.items():
-            print(f"\n{folder}: {part.out}")
-            if args.method == "dha":
-                dha.run_dha(part, device)
-            else:
-                joint_darts_faa.run_joint(part, device)
+        stage.open()
+        open_own_run(args, stage.data, device)
+        baseline(stage)
         if RANK == 0:
-            save_baseline(args, history)
+            save_baseline(args, list(stage.flags))
 
 
-def keep_flags(args: argparse.Namespace, device: torch.device) -> tuple[list[dict], dict]:
-    """Make the run directories, each with its flags. Returns what open_run does for that of the whole."""
-    own = {name: value for name, value in vars(args).items() if name != "parts"}
-    opened = joint_darts_faa.open_run(argparse.Namespace(**own), device, __file__)
-    method = dha if args.method == "dha" else joint_darts_faa
-    for part in args.parts.values():
-        if RANK == 0:
-            Path(part.out).mkdir(exist_ok=True)
-        method.open_run(part, device, method.__file__)
-    return opened
+def open_own_run(args: argparse.Namespace, data: common.Data, device: torch.device) -> tuple[list[dict], dict]:
+    """open_run of this script, which keeps copies of all scripts."""
+    scripts = (__file__, common.__file__, dha.__file__, joint_darts_faa.__file__)
+    return joint_darts_faa.open_run(args, data, device, *scripts)
 
 
-def save_baseline(args: argparse.Namespace, history: list[dict]) -> None:
-    """Copy what the parts found to --out; metrics.jsonl and the costs are those of all parts."""
+def save_baseline(args: argparse.Namespace, folders: list[str]) -> None:
+    """Copy what the stages found to --out; metrics.jsonl and the costs are those of all stages."""
     out = Path(args.out)
-    total = joint_darts_faa.costs(history)
-    records = list(history)
-    for folder in args.parts:
+    total = joint_darts_faa.costs([])
+    records = []
+    for folder in folders:
         result = json.loads((out / folder / "result.json").read_text())
         for name in total:
             total[name] += result[name]
@@ -380,23 +471,11 @@ def save_baseline(args: argparse.Namespace, history: list[dict]) -> None:
                 shutil.copyfile(out / folder / file, out / file)
     joint_darts_faa.save(out / "metrics.jsonl", records)
 
-    methods = {"faa-darts": "Faster AA, then DARTS", "darts": "DARTS", "dha": "Sequential DHA"}
-    result.update(method=methods[args.method], **total)
+    # The last result is that of the training
+    names = {"faa-darts": "Faster AA, then DARTS", "darts": "DARTS", "dha": "Sequential DHA"}
+    result = {**result, "method": names[args.method], **total}
     joint_darts_faa.save(out / "result.json", result)
     print(json.dumps(result, indent=1))
-
-
-def draw_search(out: Path, history: list[dict]) -> None:
-    """curves.png of the policy search."""
-    if joint_darts_faa.Figure is None:
-        return  # the parts will say so
-    panels = {
-        "critic": ["distance", "policy_critic_loss"],
-        "penalty": ["penalty"],
-        "class loss (nats)": ["class_loss", "policy_class_loss"],
-        "accuracy (%)": ["accuracy", "policy_accuracy"],
-    }
-    joint_darts_faa.draw_curves(out / "curves.png", history, panels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -417,18 +496,16 @@ def compare(folders: list[str]) -> str:
             names = ("test_accuracy", "params", "search_seconds", "gpu_hours", "seed")
             numbers = [float(result[name]) for name in names]
 
-            # A baseline's settings are those of its last part, but for what it was handed. Faster AA has its own, too
-            own = settings if settings.get("method") == "faa-darts" else {}
-            for part, handed in {"darts": "policy", "train": "genotype"}.items():
-                file = folder / part / "config.json"
-                if file.exists():
-                    settings = {**json.loads(file.read_text())["args"], **own}
-                    if settings[handed] != "none":
-                        del settings[handed]
+            # A baseline's settings are those of its training, without what was handed to it, and Faster AutoAugment's
+            training = folder / "train" / "config.json"
+            if training.exists():
+                own = settings if settings["method"] == "faa-darts" else {}
+                settings = {**json.loads(training.read_text())["args"], **own}
+                del settings["genotype"]
+                settings.pop("policy", None)
 
-            # Places and the seed are no settings (but --amp is one: it changes results), and the preset and `rest` only
-            # set other flags
-            hidden = {*PLACES, "seed", "compare", "preset", "rest"} - {"amp"}
+            # Places and the seed are no settings, nor is the preset, which only sets others. --amp changes results
+            hidden = {*joint_darts_faa.PLACES, "seed", "compare", "preset"} - {"amp"}
             if result["dataset"] == "folder":
                 hidden.remove("data_dir")
             shown = [(name, str(value)) for name, value in settings.items() if name not in hidden]
@@ -460,32 +537,63 @@ def compare(folders: list[str]) -> str:
 # Flags
 # ---------------------------------------------------------------------------------------------------------------------
 
-PRESETS = {
+PRESETS = {  # those of the scripts, which set their own flags; and for Faster AutoAugment
     "paper": {},  # the defaults of the flags
-    "quick": dict(dataset="shapes", faa_epochs=6, faa_batch_size=64, depth=10, width=1, policy_lr=1e-2),
+    "quick": dict(dataset="shapes", faa_epochs=6, faa_batch_size=64, depth=10, width=1, policy_lr=1e-2),  # [C]
+    "scale-free": {},
     "imagenet": dict(dataset="imagenet"),
 }
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The flags, and in `parts` those of the runs of the methods, {folder in --out: flags}; `rest`: given for them."""
+    """The flags of a baseline, and of its policy search. Flags for the other scripts are ignored here."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s --method METHOD [flags, also of the scripts that it runs]",
         description=__doc__.split("\n")[0] + " [P] paper, [A] public code, [C] our choice.",
+        epilog="All other flags go to joint_darts_faa.py (faa-darts, darts) or dha.py (dha): see their --help.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
+    add_own_flags(parser)
+    joint_darts_faa.add_run_flags(parser, list(PRESETS))
+    add = parser.add_argument_group("of the scripts that it runs, which have defaults").add_argument
+    add("--search-epochs", default=argparse.SUPPRESS, help="epochs of the architecture search")
+    add("--train-epochs", "--epochs", default=argparse.SUPPRESS, help="epochs of training")
 
-    add = parser.add_argument_group("what to run, on what").add_argument
-    add("--method", choices=["faa-darts", "darts", "dha"], help="which baseline")
+    # The preset replaces defaults, which --help then shows; flags that are given win
+    first_look = argparse.ArgumentParser(usage=parser.usage, add_help=False, allow_abbrev=False)
+    first_look.add_argument("--preset", default="paper")
+    preset = first_look.parse_known_args(argv)[0].preset
+    parser.set_defaults(**PRESETS.get(preset, {}))
+    args, _ = parser.parse_known_args(argv)
+    if args.compare:
+        return args
+
+    args = joint_darts_faa.resume_flags(parser, argv, args, __file__)
+    if not args.method:
+        parser.error("--method is missing: faa-darts, darts or dha")
+    if (args.depth - 4) % 6 or args.faa_batch_size % 2:
+        parser.error("--depth must be 6 n + 4 (10, 16, ..., 40), --faa-batch-size even: half of it is augmented")
+    for flag in argv:
+        if flag.split("=")[0] in ("--genotype", "--policy", "--search-only", "--no-da", "--no-hpo"):
+            parser.error(f"{flag} is not for a baseline, whose stages hand over what they found")
+    if args.method != "faa-darts":
+        own = argparse.ArgumentParser(add_help=False)
+        add_own_flags(own)
+        flags = [action.option_strings[0] for action in own._actions if action.dest not in ("method", "compare")]
+        joint_darts_faa.note_unused(argv, flags, f"--method {args.method}")
+    if args.amp and args.gpu < 0:
+        args.amp = False  # the other scripts say so
+    return args
+
+
+def add_own_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that no other script has, or that Faster AutoAugment has instead of it."""
+    add = parser.add_argument_group("which baseline").add_argument
+    add("--method", choices=list(BASELINES), help="which baseline")
     add("--compare", metavar="DIR", nargs="+", help="print a table of finished runs of any script, and stop")
-    add("--preset", choices=list(PRESETS), default="paper", help="sets the flags that are not given")
-    add("--dataset", choices=common.DATASETS, default="cifar10", help="data set")
-    add("--seed", type=at_least(0, 2**31), default=0, help="seed of everything random")
-    add("--out", type=os.path.expanduser, help="run directory; None is runs/<script>-<dataset>-seed<seed>")
-    add("--resume", action="store_true", help="go on with the run in --out, if there is one")
 
-    add = parser.add_argument_group("Faster AutoAugment (the first part of faa-darts)").add_argument
+    add = parser.add_argument_group("Faster AutoAugment (the first stage of faa-darts)").add_argument
     add("--faa-epochs", type=at_least(1), default=20, help="epochs of policy search [P]")
     add("--faa-images", type=at_least(4), default=4000, help="training images that it sees [A]")
     add("--faa-batch-size", type=at_least(4), default=128, help="images per step, half of them augmented [A]")
@@ -494,42 +602,21 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--sub-policies", type=at_least(1), default=10, help="L, sub-policies of a policy [P]")
     add("--stages", type=at_least(1), default=2, help="K, stages of a sub-policy, an operation each [P]")
     add("--class-weight", type=at_least(0.0), default=0.1, help="weight of the classification losses [A]")
-    add("--critic-weight", type=at_least(0.0), default=1.0, help="weight of the critic's losses, penalty included [C]")
+    add("--critic-weight", type=at_least(0.0), default=1.0, help="weight of the critic's losses, with penalty [A: 1]")
     add("--penalty", type=at_least(0.0), default=10.0, help="lambda of WGAN-GP, weight of the gradient penalty [A]")
     add("--penalty-norm", choices=["pixel", "image"], default="pixel", help="one norm per pixel [A] or per image")
     add("--depth", type=at_least(10), default=40, help="layers of the WideResNet, 6 n + 4 [P]")
     add("--width", type=at_least(1), default=2, help="its width [P]")
 
-    # The preset replaces defaults, which --help then shows; flags that are given win
-    first_look = argparse.ArgumentParser(usage=parser.usage, add_help=False, allow_abbrev=False)
-    first_look.add_argument("--preset", default="paper")
-    preset = first_look.parse_known_args(argv)[0].preset
-    parser.set_defaults(**PRESETS.get(preset, {}))
-    args, rest = parser.parse_known_args(argv)
-    if args.compare:
-        return args
 
-    # A run that --resume goes on with has saved its flags, as in the other scripts
-    args.out = args.out or f"runs/baseline_sequential-{args.dataset}-seed{args.seed}"
-    saved = joint_darts_faa.saved_flags(parser, args, __file__)
-    args, rest = parser.parse_known_args(argv, argparse.Namespace(**{"rest": rest, **saved, "out": args.out}))
-    joint_darts_faa.refuse_changes(parser, args, saved)
-    if not args.method:
-        parser.error("--method is missing: faa-darts, darts or dha")
-    if (args.depth - 4) % 6 or args.faa_batch_size % 2:
-        parser.error("--depth must be 6 n + 4 (10, 16, ..., 40), --faa-batch-size even: half of it is augmented")
+def without_own_flags(argv: list[str]) -> list[str]:
+    """The command line for the other scripts."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_own_flags(own)
+    return own.parse_known_args(argv)[1]
 
-    if args.preset == "imagenet" and args.method != "dha":
-        parser.error("--preset imagenet is for --method dha")
 
-    handed = ("--policy", "--search-only")
-    if args.method == "dha":
-        handed = ("--genotype", "--no-da", "--no-hpo")
-    for flag in rest:
-        if flag.split("=")[0] in handed:
-            parser.error(f"{flag} is not for this baseline, whose runs hand over what they found")
-    args.parts = parts(args, rest)
-    return args
+FASTER_AA = Script(__file__, parse_args, prepare_faa, run_faa)
 
 
 def main(argv: list[str]) -> None:
@@ -543,9 +630,8 @@ def main(argv: list[str]) -> None:
         if args.compare:
             print(compare(args.compare))
             return
-        first = next(iter(args.parts.values()))
-        joint_darts_faa.join_processes(first)
-        run_baseline(args, joint_darts_faa.device_of(first.gpu))
+        joint_darts_faa.join_processes(args)
+        run_baseline(argv, args, joint_darts_faa.device_of(args.gpu))
     except (InputError, OSError, torch.cuda.OutOfMemoryError) as error:  # all else keeps its traceback
         print("error:", *str(error).splitlines()[:1], file=sys.stderr)
         sys.exit(2)

@@ -17,6 +17,8 @@ import math
 import operator
 import os
 import re
+import struct
+import unicodedata
 from collections import namedtuple
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,11 +29,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 
 
@@ -68,6 +69,16 @@ class Data(NamedTuple):
         size = self.train_images.shape[3]
         counts = f"{len(self.train_labels):,} images to train on, {len(self.test_labels):,} to test on"
         return f"{counts}, {len(self.classes)} classes, {size} x {size} pixels"
+
+    def fingerprint(self) -> dict:
+        """What a resumed run must find again, for a JSON file: the classes, their numbers of images, the pixels."""
+        classes = len(self.classes)
+        return {
+            "classes": self.classes,
+            "train_images": torch.bincount(self.train_labels, minlength=classes).tolist(),
+            "test_images": torch.bincount(self.test_labels, minlength=classes).tolist(),
+            "image_size": self.train_images.shape[3],
+        }
 
 
 def load_data(
@@ -169,25 +180,37 @@ def _train_and_test(root: Path) -> tuple[tuple, tuple, list[str]]:
     """`train/<class>/...` and `test/<class>/...`, or `val/` for `test/`, as ImageNet has it."""
     # ImageNet's archive has both, and no classes in test/, whose labels nobody knows
     test_root = root / "test"
-    if not test_root.is_dir() or ((root / "val").is_dir() and not _class_names(test_root)):
+    if not test_root.is_dir() or ((root / "val").is_dir() and not _class_folders(test_root)):
         test_root = root / "val"
     if not ((root / "train").is_dir() and test_root.is_dir()):
         raise InputError(f"{root} must hold train/<class>/* and test/<class>/* (or val/): check --data-dir")
 
     # The classes of train/ are those of the test images too: ImageFolder would shift labels where test/ lacks one
-    classes = _class_names(root / "train")
-    unknown = set(_class_names(test_root)) - set(classes)
+    classes = list(_class_folders(root / "train"))
+    unknown = set(_class_folders(test_root)) - set(classes)
     if unknown:
         raise InputError(f"{test_root} has a class that {root / 'train'} lacks: {min(unknown)}")
     return _image_folder(root / "train", classes), _image_folder(test_root, classes, lacking=True), classes
 
 
-def _class_names(root: Path) -> list[str]:
-    return sorted(folder.name for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+def _class_folders(root: Path) -> dict[str, str]:
+    """The classes in their order, and the name of each one's folder.
+
+    A disk may store an accent as a letter of its own, a Mac's for example. Class names are composed (NFC), so
+    that names that look the same are the same.
+    """
+    names = [folder.name for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith(".")]
+    folders = {}
+    for name in sorted(names):
+        label = unicodedata.normalize("NFC", name)
+        if label in folders:
+            raise InputError(f"{root} has two folders that look alike: {ascii(folders[label])} and {ascii(name)}")
+        folders[label] = name
+    return dict(sorted(folders.items()))
 
 
 def _image_folder(root: Path, classes: list[str], lacking: bool = False) -> tuple[list[str], list[int]]:
-    """The image files below root/<class>/ and their labels, as torchvision's ImageFolder finds them.
+    """The image files below the classes' folders and their labels, as torchvision's ImageFolder finds them.
 
     Hidden files and folders are ignored. lacking: a class may have no images.
     """
@@ -197,9 +220,9 @@ def _image_folder(root: Path, classes: list[str], lacking: bool = False) -> tupl
         return not hidden and torchvision.datasets.folder.is_image_file(path)
 
     found = []
-    numbers = {name: label for label, name in enumerate(classes)}
+    numbers = {folder: classes.index(name) for name, folder in _class_folders(root).items()}
     try:
-        if classes:
+        if numbers:
             make_dataset = torchvision.datasets.folder.make_dataset
             found = make_dataset(root, numbers, is_valid_file=is_image, allow_empty=lacking)
     except FileNotFoundError as error:
@@ -212,7 +235,7 @@ def _image_folder(root: Path, classes: list[str], lacking: bool = False) -> tupl
 def _sport8(root: Path, seed: int) -> tuple[tuple, tuple, list[str]]:
     """One folder per class, perhaps in `event_img/`: 70 images of each to train on, 60 to test on (Li & Fei-Fei)."""
     root = root / "event_img" if (root / "event_img").is_dir() else root
-    classes = _class_names(root)
+    classes = list(_class_folders(root))
     paths, labels = _image_folder(root, classes)
 
     generator = torch.Generator().manual_seed(seed)
@@ -254,6 +277,18 @@ def _mit67(root: Path) -> tuple[tuple, tuple, list[str]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# How a stored image is turned so that it stands upright, by EXIF's orientation
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
 def load_image(path: str | Path) -> Image.Image:
     """An image file as RGB, upright as a viewer shows it (EXIF); 16 bits of gray are scaled to 8.
 
@@ -264,9 +299,12 @@ def load_image(path: str | Path) -> Image.Image:
         with open(path, "rb") as file, Image.open(file) as image:  # given a path, Pillow misreads some turned TIFFs
             image.load()
 
-            # Where the EXIF cannot be read: the image as it is stored
-            with contextlib.suppress(Exception):
-                ImageOps.exif_transpose(image, in_place=True)
+            # Pillow has turned a TIFF already. Damaged EXIF raises one of these: the image stays as it is stored.
+            # (ImageOps.exif_transpose also fails where the damage is in another tag)
+            turn = None
+            if image.format != "TIFF":
+                with contextlib.suppress(SyntaxError, TypeError, ValueError, struct.error):
+                    turn = UPRIGHT.get(image.getexif().get(0x0112))
 
             if image.mode == "F":
                 raise ValueError("it is in floating point: save it with 8 bits per channel")
@@ -275,7 +313,11 @@ def load_image(path: str | Path) -> Image.Image:
                 if levels.max() > 65535 or levels.min() < 0:
                     raise ValueError("it has more than 16 bits: save it with 8 bits per channel")
                 image = Image.fromarray((levels / 257).round().astype(np.uint8))  # 65535 is 255 * 257
-            return image.convert("RGB")
+
+            image = image.convert("RGB")
+            if turn is not None:
+                image = image.transpose(turn)
+            return image
     except Exception as error:
         raise InputError(f"cannot use the image {path}: {type(error).__name__}: {error}".splitlines()[0]) from error
 
@@ -370,12 +412,13 @@ def batch_indices(
 
 
 def loader(
-    images: Tensor | Photos, labels: Tensor, order: Sequence[Tensor], train: bool
+    images: Tensor | Photos, labels: Tensor, order: Sequence[Tensor], train: bool, workers: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of `order`: uint8 images (B, 3, H, W) and labels (B,).
 
     order: tensors of indices, where the labels are. train: a random view of every image; of a tensor
-    random_crop_flip, of Photos torchvision's RandomResizedCrop and flip.
+    random_crop_flip, of Photos torchvision's RandomResizedCrop and flip. workers: processes that read Photos, if
+    not images.workers, for example where two loaders run at once. The batches are the same for any number.
     """
     if isinstance(images, Tensor):
         for batch in order:
@@ -391,21 +434,23 @@ def loader(
     else:
         seeds = itertools.repeat(None)
 
+    if workers is None:
+        workers = images.workers
     keys = [list(zip(batch.tolist(), seeds)) for batch in order]
-    for x, batch in zip(_read(images, keys), order):
+    for x, batch in zip(_read(images, keys, workers), order):
         if labels.is_cuda:
             x = x.pin_memory()
         yield x.to(labels.device, non_blocking=True), labels[batch]
 
 
-def _read(photos: Photos, keys: list[list[tuple]]) -> Iterator[Tensor]:
+def _read(photos: Photos, keys: list[list[tuple]], workers: int) -> Iterator[Tensor]:
     """Batches of photographs. Raises InputError where an image is damaged, or the processes that read them fail."""
     # At most as many processes as there are cores that this one may use
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count()
-    workers = min(photos.workers, cores)
+    workers = min(workers, cores)
 
     reader = DataLoader(
         photos,
@@ -427,10 +472,28 @@ def _read(photos: Photos, keys: list[list[tuple]]) -> Iterator[Tensor]:
     except (OSError, EOFError, RuntimeError) as error:
         if not workers:
             raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[-1]
-        causes = "a full /dev/shm, too little memory, a long path in TMPDIR, or a job that was suspended"
-        message = f"the processes that read the images failed ({reason}). Likely causes: {causes}"
-        raise InputError(f"{message}. --workers 0 works everywhere") from error
+        raise _workers_failed(error) from error
+
+
+def _workers_failed(error: Exception) -> InputError:
+    reason = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
+    causes = "a full /dev/shm, too little memory, a long path in TMPDIR, or a job that was suspended"
+    message = f"the processes that read the images failed ({reason}). Likely causes: {causes}"
+    return InputError(f"{message}. --workers 0 works everywhere")
+
+
+@contextlib.contextmanager
+def workers_explained() -> Iterator[None]:
+    """For a whole run: raises InputError where a process that reads photographs was killed.
+
+    torch raises a RuntimeError at once then, in whatever line the main process is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise _workers_failed(error) from error
 
 
 def _as_array(views: list[Tensor]) -> np.ndarray:
@@ -485,12 +548,19 @@ def mean_std(images: Tensor | Photos) -> tuple[Tensor, Tensor]:
     return (mean / 255).float(), (std / 255).clamp(min=1e-3).float()
 
 
+def layout(device: torch.device | str) -> torch.memory_format:
+    """How images and networks lie in memory on a device: channels_last makes a CPU faster and a GPU slower."""
+    if torch.device(device).type == "cpu":
+        return torch.channels_last
+    return torch.contiguous_format
+
+
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Images (B, 3, H, W), uint8 or float in [0, 1], to zero mean and unit deviation, in channels_last memory."""
+    """Images (B, 3, H, W), uint8 or float in [0, 1], to zero mean and unit deviation, in their device's layout."""
     if images.dtype == torch.uint8:
         images = images.float() / 255
     images = (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-    return images.contiguous(memory_format=torch.channels_last)
+    return images.contiguous(memory_format=layout(images.device))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -648,23 +718,28 @@ def save_genotype(genotype: Genotype | list[str], path: str | Path) -> None:
 def load_genotype(name_or_path: str | Path, space: str = "cells") -> Genotype | list[str]:
     """A genotype by its name in GENOTYPES, or from a file, whose text parse_genotype explains.
 
-    Raises InputError where there is no such name or file, or the file holds no genotype that a network can be
-    built from.
+    "genotypes.py:PDARTS" is the one that the file gives this name. Raises InputError where there is no such name
+    or file, or the file holds no genotype that a network can be built from.
     """
     if space == "cells" and str(name_or_path) in GENOTYPES:
         return GENOTYPES[str(name_or_path)]
     try:
-        return parse_genotype(Path(name_or_path).read_text(encoding="utf-8-sig"), space)
+        path, name = Path(name_or_path), None
+        before, _, after = str(name_or_path).rpartition(":")
+        if space == "cells" and before and after.isidentifier() and not path.exists():
+            path, name = Path(before), after
+        return parse_genotype(path.read_text(encoding="utf-8-sig"), space, name)
     except (OSError, ValueError) as error:
         message = f"cannot use the genotype {str(name_or_path)!r} ({error}); known cells: {', '.join(GENOTYPES)}"
         raise InputError(message) from error
 
 
-def parse_genotype(text: str, space: str = "cells") -> Genotype | list[str]:
+def parse_genotype(text: str, space: str = "cells", name: str | None = None) -> Genotype | list[str]:
     """A genotype from what people have: `Genotype(...)`, or a dictionary such as our JSON, anywhere in a text.
 
-    Operations may be nested node by node, as khanrc/pt.darts does. Of several in one text the last one is
-    meant. In the space "mobilenet": a list of one of MOBILE_PRIMITIVES per layer. Raises InputError.
+    Operations may be nested node by node, as khanrc/pt.darts does. Of several the one with this name is meant; else
+    the last one, or what the last line of a Python file names: `PCDARTS = PC_DARTS_cifar`. In the space
+    "mobilenet": a list of one of MOBILE_PRIMITIVES per layer. Raises InputError.
     """
     if space == "mobilenet":
         return _parse_layers(text)
@@ -672,8 +747,18 @@ def parse_genotype(text: str, space: str = "cells") -> Genotype | list[str]:
     found = _bracketed(text, r"Genotype\(", "(", ")")
     if not found:
         found = _bracketed(text, r"\{(?=[^{}]*['\"]normal['\"]\s*:)", "{", "}")
-    if len(set(found)) > 1:
-        print(f"note: the text holds {len(set(found))} different genotypes; the last one is meant")
+
+    # A Python file gives them names
+    named = _named_genotypes(text)
+    meant = "the last one"
+    if name and name not in named:
+        raise InputError(f"no genotype in it is called {name}")
+    if named:
+        meant = name or list(named)[-1]
+        found.append(named[meant])
+    if not name and len(set(found)) > 1:
+        print(f"note: the text holds {len(set(found))} different genotypes; {meant} is meant")
+
     try:
         if found:
             fields = _fields(found[-1])
@@ -703,6 +788,25 @@ def _parse_layers(text: str) -> list[str]:
     if not known:
         raise InputError(f"not a list of operations, one per layer, out of {', '.join(MOBILE_PRIMITIVES)}")
     return names
+
+
+def _named_genotypes(text: str) -> dict[str, str]:
+    """The genotypes that a Python file assigns to names, {name: text}, the last one last. The file is not run."""
+    try:
+        statements = ast.parse(text).body
+    except Exception:  # it is no Python
+        return {}
+
+    named = {}
+    for statement in statements:
+        if isinstance(statement, ast.Assign):
+            name = ast.unparse(statement.targets[0])
+            value = ast.get_source_segment(text, statement.value)
+            value = named.get(value, value)  # PCDARTS = PC_DARTS_cifar
+            if value.startswith("Genotype("):
+                named.pop(name, None)
+                named[name] = value
+    return named
 
 
 def _bracketed(text: str, start: str, opening: str, closing: str) -> list[str]:
@@ -920,6 +1024,18 @@ def check_auxiliary(image_size: int) -> None:
         raise InputError(f"{image_size} pixels are too few for the auxiliary head: give --auxiliary-weight 0")
 
 
+def drop_path(x: Tensor, p: float | Tensor, training: bool) -> Tensor:
+    """In training the whole x of an image becomes 0 with probability p, and the others are divided by 1 - p (DARTS).
+
+    x (B, C, H, W); p in [0, 1). p may be a tensor: then torch.compile makes one graph for all its values, where
+    torchvision.ops.stochastic_depth makes one for each.
+    """
+    if not training or (not isinstance(p, Tensor) and p == 0):
+        return x
+    kept = torch.rand(len(x), 1, 1, 1, device=x.device) >= p
+    return x * (kept / (1 - p)).to(x.dtype)
+
+
 class Cell(nn.Module):
     """One cell of a genotype.
 
@@ -943,7 +1059,7 @@ class Cell(nn.Module):
             stride = 2 if reduction and state < 2 else 1
             self.ops.append(operation(name, channels, stride))
 
-    def forward(self, s0: Tensor, s1: Tensor, drop_path_prob: float = 0.0) -> Tensor:
+    def forward(self, s0: Tensor, s1: Tensor, drop_path_prob: float | Tensor = 0.0) -> Tensor:
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         for i in range(0, len(self.ops), 2):
             first = self.edge(i, states, drop_path_prob)
@@ -951,11 +1067,11 @@ class Cell(nn.Module):
             states.append(first + second)
         return torch.cat([states[i] for i in self.concat], 1)
 
-    def edge(self, i: int, states: list[Tensor], drop_path_prob: float) -> Tensor:
+    def edge(self, i: int, states: list[Tensor], drop_path_prob: float | Tensor) -> Tensor:
         """What edge i makes of its state, with drop-path in training; identities are never dropped, as in DARTS."""
         h = self.ops[i](states[self.sources[i]])
         if not isinstance(self.ops[i][0], nn.Identity):
-            h = stochastic_depth(h, drop_path_prob, "row", self.training)
+            h = drop_path(h, drop_path_prob, self.training)
         return h
 
 

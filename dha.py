@@ -15,21 +15,21 @@ one loss and no validation split, and nothing is retrained.
 
     theta    weights
     tau      14 x 14 logits: which pair of image operations to apply
-    lr, wd   learning rate and weight decay: the paper's eta. Ours is (log lr, log wd)
-    beta     by how many factors of e lr would move in the whole run if its gradient never changed
+    lr, wd   learning rate and weight decay: the paper's eta
+    beta     step size with which eta moves
     alpha    a coefficient for each candidate of a node: each operation on each state (a cell's inputs, earlier nodes)
     b        a short code of alpha, which Adam trains in its place: 7 numbers per node
     A        random and fixed; alpha is decoded from b = A alpha
 
-A node's support is what it keeps and runs: the largest |alpha| of each state, and of these the two largest. It is the
-child network of Figure 1. The paper samples it in every iteration; ISTA-NAS' code fixes it for an epoch, and so do we.
+Only a node's support runs. For each state take the operation with the largest |alpha|, then keep the two strongest of
+these: that is the child network of Figure 1. The paper samples it in every iteration; ISTA-NAS' code fixes it for an
+epoch, and so do we.
 
-One iteration. (The paper moves eta at its end, by the loss at the new theta. Here the next iteration does that in its
-step 3, because it computes the gradient at this theta anyway.)
+One iteration:
 
     1. draw a pair of image operations for every image from softmax(tau) and apply it
     2. compute the loss of every image, and the gradients
-    3. move lr and wd: which values would have made the previous step of the weights better?    Eq. (3)
+    3. move lr and wd: which values would have made the previous step of theta better?          Eq. (3)
     4. move tau towards pairs with a large loss                                                 Eq. (2)
     5. move b and theta to lower the mean loss
 
@@ -37,9 +37,12 @@ Before the search, and after each of its epochs but the final one, alpha is deco
 support. A node whose alpha hardly moves is frozen: its support is final, and its weights go on learning. After
 --search-epochs all nodes are frozen. Then the other candidates are deleted, and the same weights train on.
 
-Marks: [P] the paper says so. [A] public code does: https://github.com/gitkaichenzhou/DHA, or that of the named method,
-https://github.com/quark0/darts, https://github.com/iboing/ISTA-NAS. [C] our choice, where neither says or we depart
-from both.
+Eqs. (2) and (3) can be run in two ways, --updates: "printed", as the paper has them, with its authors' step sizes; and
+"scale-free", ours, for runs of any length. policy_loss and Eta say what the two compute, and why there are two.
+
+Marks: [P] the paper says so. [A] public code does: https://github.com/gitkaichenzhou/DHA (its numbers: the first
+commit's conf/ista/cifar100_ista_single_doal.json), or that of the named method, https://github.com/quark0/darts,
+https://github.com/iboing/ISTA-NAS. [C] our choice, where neither says or we depart from both.
 """
 
 import argparse
@@ -51,6 +54,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import torch
@@ -59,11 +63,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor
-from torchvision.ops import stochastic_depth
 from tqdm import tqdm
 
 import common
 from common import FactorizedReduce, Genotype, InputError
+
+# Under torchrun: this process's number, and how many there are
+TORCHRUN = dist.is_torchelastic_launched()
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0
+WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
+QUIET = True if RANK > 0 else None  # tqdm's disable; None: no bar where there is no terminal
 
 GRAD_CLIP = 5.0  # largest norm of the weights' gradient [A: DARTS]
 LASSO = 1e-5  # lambda of Eq. (4) [A: ISTA-NAS]
@@ -71,7 +80,8 @@ ENTROPY_WEIGHT = 0.3  # of p(tau)'s entropy in the scale-free Eq. (2) [C]
 FREEZE_DISTANCE = 1e-3  # a node whose alpha moved no more than this in an epoch is frozen [A: ISTA-NAS]
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The augmentation policy (section 2.1): 14 operations [P], AUGMENTATIONS at the end of the file; a logit per pair [A]
+# The augmentation policy (section 2.1): 14 operations (their number [P], the list [A]), AUGMENTATIONS at the end of the
+# file; a logit for each pair of them [A]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -88,7 +98,7 @@ def apply_pairs(images: Tensor, pairs: Tensor) -> Tensor:
     images (B, 3, H, W) in [0, 1], pairs (B,).
     """
     for choice in (pairs // len(AUGMENTATIONS), pairs % len(AUGMENTATIONS)):
-        magnitude = 2 * torch.rand(len(images), device=images.device) - 1
+        magnitude = 2 * torch.rand(len(images), device=images.device).to(images.dtype) - 1
         images = apply_each(images, choice, magnitude)
     return images
 
@@ -157,13 +167,9 @@ def hypergradient(
     """The gradient of Eq. (3), (dL/dlr, dL/dwd), through the sgd_step that led to theta_plus.
 
     theta_plus: theta^(t+1), the weights after that step. grads: dL/dtheta there, before clipping. velocity: the step's
-    v. lr: its learning rate. The lists hold the weights that moved in the step and have a gradient now; the others
-    would add 0 to the products below. The weights and the v before the step count as constant (end of section 2.2).
-
-    The paper takes L on "a mini-batch". Here that is the batch of the next iteration [C], at the support, b and tau of
-    that iteration: its gradient is computed anyway, so that Eq. (3) costs no second pass. So L is of images that went
-    through pairs, and contains the auxiliary head's loss and the label smoothing. (The public code pays a second pass,
-    and its L has none of the three.)
+    v. lr: its learning rate. The lists hold the weights that moved in the step and have a gradient at theta_plus; the
+    others would add 0 to the products below. The weights and the v before the step count as constant (end of section
+    2.2).
     """
     # Each as one vector, with a number for every weight
     g = torch.cat([tensor.flatten() for tensor in grads])
@@ -312,25 +318,25 @@ def active_set_step(G: Tensor, c: Tensor, L: Tensor, lam: float, alpha: Tensor) 
     best = alpha + torch.linalg.solve_ex(block, right_side).result
 
     # Go there, but only to where the first entry becomes 0; that entry stays 0
-    share = torch.where(best * alpha < 0, alpha / (alpha - best), 1.0)  # of the way, at which an entry becomes 0
-    first = share.amin(-2, keepdim=True)
-    stops = (share <= first) & (first < 1)
+    reached = torch.where(best * alpha < 0, alpha / (alpha - best), 1.0)  # the fraction of the way at which it is 0
+    first = reached.amin(-2, keepdim=True)
+    stops = (reached <= first) & (first < 1)
     return torch.where(stops, 0.0, alpha + first * (best - alpha))
 
 
 def select_support(alpha: Tensor, counts: list[int], kept: int, ops: tuple[str, ...]) -> list[list[tuple[str, int]]]:
-    """What each of K nodes keeps: the strongest operation on each state, by |alpha|, and of these the `kept` strongest.
+    """The support of K nodes: of each state the operation with the largest |alpha|, and of these the `kept` strongest.
 
     alpha (K, n), entry len(ops) * state + operation; node k reads the states 0 .. counts[k] - 1. Returns for every node
-    pairs (operation, state). DHA's code compares signed values; |alpha| is ours [C]. ISTA-NAS' one-stage code takes the
-    two largest |alpha| of all, which may be on one state.
+    its pairs (operation, state). DHA's code compares signed values; |alpha| is ours [C]. ISTA-NAS' one-stage code takes
+    the two largest |alpha| of all, which may be on one state.
     """
     edges = alpha.abs().cpu().view(len(counts), -1, len(ops))  # (K, states, operations)
     largest, operation = edges.max(2)  # (K, states) each
     support = []
     for k, count in enumerate(counts):
-        chosen = largest[k, :count].topk(kept).indices.sort().values
-        support.append([(ops[operation[k, state]], state) for state in chosen.tolist()])
+        strongest = largest[k, :count].topk(kept).indices.sort().values
+        support.append([(ops[operation[k, state]], state) for state in strongest.tolist()])
     return support
 
 
@@ -346,7 +352,8 @@ class SparseCell(nn.Module):
     """A DARTS cell with all candidates, each of which ends in a batch norm; or with a given support alone.
 
     c_before, c_in: channels of the inputs s0 and s1; halved: s1 has half the height and width of s0. first_node: the
-    number, in the supernet, of the cell's first node. support: pairs (operation, state) for each of its nodes, or None.
+    number, in the supernet, of the cell's first node. given: pairs (operation, state) for each of its nodes; None: all
+    candidates.
     """
 
     def __init__(
@@ -357,7 +364,7 @@ class SparseCell(nn.Module):
         reduction: bool,
         halved: bool,
         first_node: int,
-        support: list | None = None,
+        given: list | None = None,
     ):
         super().__init__()
         self.first_node = first_node
@@ -368,8 +375,8 @@ class SparseCell(nn.Module):
         for j in range(NODES):
             # In the order of alpha's entries: state by state
             wanted = [(name, state) for state, name in itertools.product(range(j + 2), OPS)]
-            if support:
-                wanted = support[j]
+            if given:
+                wanted = given[j]
             candidates = nn.ModuleDict()
             for name, state in wanted:
                 op = common.operation(name, channels, stride=2 if reduction and state < 2 else 1)
@@ -378,7 +385,7 @@ class SparseCell(nn.Module):
                 candidates[f"{name}_{state}"] = op
             self.nodes.append(candidates)
 
-    def forward(self, s0: Tensor, s1: Tensor, support: list, strengths: list, drop_path_prob: float) -> Tensor:
+    def forward(self, s0: Tensor, s1: Tensor, support: list, strengths: list, drop_path_prob: float | Tensor) -> Tensor:
         """support: for each node, the pairs (operation, state) to run. strengths: what multiplies their outputs."""
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         for candidates, pairs, pair_strengths in zip(self.nodes, support, strengths):
@@ -387,7 +394,7 @@ class SparseCell(nn.Module):
                 op = candidates[f"{name}_{state}"]
                 o = op(states[state])
                 if not isinstance(op[0], nn.Identity):  # identities are never dropped [A: DARTS]
-                    o = stochastic_depth(o, drop_path_prob, "row", self.training)
+                    o = common.drop_path(o, drop_path_prob, self.training)
                 o = strength * o
                 node = o if node is None else node + o  # alpha_j^T o_j, section 2.3
             states.append(node)
@@ -401,17 +408,20 @@ class SparseSupernet(nn.Module):
     of the reduction cell. Of node k:
 
         b[k] (7,), A[k] (7, 35), alpha[k] (35,)    A has zeros where the node has fewer candidates
-        support[k]                                 pairs (operation, state) that it keeps, called S below
+        support[k]                                 pairs (operation, state) that run, called S below
         A_S[k] (7, 2), alpha_S[k] (2,)             A and alpha on the support
-        frozen[k], factors[k] (2,)                 is its search over? Then its outputs have these constant factors
+        frozen[k], frozen_strengths[k] (2,)        is its search over? Then these multiply its outputs
 
-    b_scale: standard deviation of b at the start. support: the architecture, if it is given (see to_support); then
-    nothing is searched, and all factors are 1. Raises InputError if it does not fit.
+    b_scale: standard deviation of b at the start. given: the architecture, if it is not searched (see to_support); then
+    all strengths are 1. Raises InputError if it does not fit.
+
+    Another space (MobileSupernet, at the end of the file) has other ops, kept and code, and its own count_states,
+    build, genotype and skip_connects; to it a "cell" is one layer, with one node. All else is the same.
     """
 
     ops = OPS
-    kept = 2  # operations that a node keeps
-    code = 7  # length of a node's b [A]
+    kept = 2  # how many operations a node keeps
+    code = 7  # length of a node's b [A]. (That there are 7 operations, too, has nothing to do with it)
 
     def __init__(
         self,
@@ -421,26 +431,27 @@ class SparseSupernet(nn.Module):
         auxiliary: bool = False,
         b_scale: float = 1e-3,
         stem: str = "cifar",
-        support: list | None = None,
+        given: list | None = None,
     ):
         super().__init__()
 
         # The architecture: given, or still to be searched
-        self.states = self.count_states(layers)
-        if support and [len(pairs) for pairs in support] != [self.kept] * len(self.states):
+        self.state_counts = self.count_states(layers)
+        nodes = len(self.state_counts)
+        if given and [len(pairs) for pairs in given] != [self.kept] * nodes:
             raise InputError("the genotype is not of this --space with so many --layers")
         self.size = {"channels": channels, "num_classes": num_classes, "layers": layers, "stem": stem}
-        self.support = list(support) if support else None  # a list of its own: set_extra_state changes it
-        self.frozen = [support is not None] * len(self.states)
+        self.support = list(given) if given else None  # a list of its own: set_extra_state changes it
+        self.frozen = [given is not None] * nodes
 
         # The network
         self.drop_path_prob = 0.0
         self.auxiliary = None
         self.auxiliary_at = 2 * layers // 3
         self.build(channels, num_classes, layers, auxiliary, stem)
-        self.register_buffer("factors", torch.ones(len(self.states), self.kept))
+        self.register_buffer("frozen_strengths", torch.ones(nodes, self.kept))
         self.b = nn.ParameterList()
-        if not support:
+        if not given:
             self.begin_search(b_scale)
 
     def count_states(self, layers: int) -> list[int]:
@@ -457,9 +468,7 @@ class SparseSupernet(nn.Module):
             if reduction:
                 channels *= 2
             first_node = NODES if reduction else 0
-            given = None
-            if self.support:
-                given = self.support[first_node : first_node + NODES]
+            given = self.support[first_node : first_node + NODES] if self.support else None
             self.cells.append(SparseCell(c_before, c_in, channels, reduction, halved, first_node, given))
             c_before = c_in
             c_in = NODES * channels
@@ -476,10 +485,10 @@ class SparseSupernet(nn.Module):
         for cell in self.cells:
             common.fix_batch_norms(cell.nodes)
 
-        # A is random and fixed; nodes with fewer candidates than others have zeros. What a node lacks comes last:
-        # states that do not exist yet, and skip_connect in a layer of the MobileNet space
-        nodes = len(self.states)
-        A = torch.rand(nodes, self.code, len(self.ops) * max(self.states))  # U(0, 1) [A]
+        # A is random and fixed. A node's candidates are the first entries of its alpha; the rest, which others have, is
+        # cut off by zeros of A
+        nodes = len(self.state_counts)
+        A = torch.rand(nodes, self.code, len(self.ops) * max(self.state_counts))  # U(0, 1) [A]
         for cell in self.cells:
             for k, candidates in enumerate(cell.nodes, cell.first_node):
                 A[k, :, len(candidates) :] = 0
@@ -494,7 +503,7 @@ class SparseSupernet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         # Cell by cell, each with the support and the strengths of its own nodes
-        strengths = [self.strength(k).unbind() for k in range(len(self.states))]
+        strengths = [self.strengths(k).unbind() for k in range(len(self.frozen))]
         with_auxiliary = self.training and self.auxiliary is not None
         s0 = self.stem(x)
         s1 = self.stem1(s0)
@@ -506,20 +515,18 @@ class SparseSupernet(nn.Module):
         logits = self.classifier(self.head(s1).mean((2, 3)))
         return (logits, auxiliary_logits) if with_auxiliary else logits
 
-    def strength(self, k: int) -> Tensor:
-        """What multiplies the outputs of node k's support, (kept,): section 2.3's b^T A - alpha^T E with E = A^T A - I.
+    def strengths(self, k: int) -> Tensor:
+        """What multiplies the outputs of node k's support, (kept,): section 2.3's b^T A - alpha^T E, E = A^T A - I.
 
-        First alpha is set to 0 off the support, then E is applied, and the entries of the support are taken [A:
-        ISTA-NAS]: alpha_S + A_S^T (b - A_S alpha_S). The second term is what the non-zeros of alpha off the support
-        gave to b; if there are none it is at most lam. alpha is constant here, so that the gradient goes to b. For a
+        That is alpha + A^T (b - A alpha): alpha, and what it leaves of b. Here alpha is set to 0 off the support, and
+        the entries of the support are taken [A: ISTA-NAS]. alpha is constant, so that the gradient goes to b. For a
         frozen node all is constant.
         """
         if self.frozen[k]:
-            return self.factors[k]
+            return self.frozen_strengths[k]
         A, alpha = self.A_S[k], self.alpha_S[k]
         with torch.autocast(A.device.type, enabled=False):  # in float32, also with --amp
-            alpha_E = A.T @ (A @ alpha) - alpha  # E is symmetric
-            return A.T @ self.b[k] - alpha_E
+            return alpha + A.T @ (self.b[k] - A @ alpha)
 
     @torch.no_grad()
     def decode(self, lam: float = LASSO) -> Tensor:
@@ -529,13 +536,13 @@ class SparseSupernet(nn.Module):
         alpha[searched] = ista(self.A[searched], torch.stack([self.b[k] for k in searched]), lam)
         return alpha
 
-    def select_support(self, alpha: Tensor) -> list[list[tuple[str, int]]]:
-        return select_support(alpha, self.states, self.kept, self.ops)
+    def support_of(self, alpha: Tensor) -> list[list[tuple[str, int]]]:
+        return select_support(alpha, self.state_counts, self.kept, self.ops)
 
     def set_alpha(self, alpha: Tensor) -> list[float]:
         """Make alpha (nodes, 35) and its support the network's. Returns how far each node's alpha moved."""
         distances = (alpha - self.alpha).norm(dim=1).tolist()
-        self.support = self.select_support(alpha)  # of frozen nodes the same: decode leaves their alpha as it is
+        self.support = self.support_of(alpha)  # of frozen nodes the same: decode leaves their alpha as it is
         self.alpha.copy_(alpha)
         for k, pairs in enumerate(self.support):
             entries = [len(self.ops) * state + self.ops.index(name) for name, state in pairs]
@@ -545,15 +552,11 @@ class SparseSupernet(nn.Module):
 
     @torch.no_grad()
     def freeze(self, k: int) -> None:
-        """End the search of node k [A: ISTA-NAS].
+        """End the search of node k: its strengths become constant, and the batch norms of its support learn [A].
 
-        Its strengths become constant, and the batch norms of what it keeps learn.
+        [A] is ISTA-NAS. b no longer gets a gradient, and Adam leaves a b without one alone.
         """
-        self.factors[k] = self.strength(k)
-        self.b[k].grad = None  # without one Adam leaves b alone
-        self.set_frozen(k)
-
-    def set_frozen(self, k: int) -> None:
+        self.frozen_strengths[k] = self.strengths(k)
         self.frozen[k] = True
         for cell in self.cells:
             if cell.first_node <= k < cell.first_node + len(cell.nodes):
@@ -564,8 +567,8 @@ class SparseSupernet(nn.Module):
         """All nodes are frozen: delete the candidates that are not in the support, and what only the search needs."""
         for cell in self.cells:
             for k, candidates in enumerate(cell.nodes, cell.first_node):
-                kept = {f"{name}_{state}" for name, state in self.support[k]}
-                for name in candidates.keys() - kept:
+                support = {f"{name}_{state}" for name, state in self.support[k]}
+                for name in candidates.keys() - support:
                     del candidates[name]
         self.b = nn.ParameterList()
         self.A = self.alpha = self.A_S = self.alpha_S = None
@@ -573,7 +576,7 @@ class SparseSupernet(nn.Module):
     # Support and frozen nodes belong to the weights: state_dict has them, too
 
     def get_extra_state(self) -> Tensor:
-        """A row per node: is it frozen? Then the numbers of operation and state, for each candidate that it keeps."""
+        """A row per node: is it frozen? Then the numbers of operation and state of each pair of its support."""
         rows = []
         for pairs, frozen in zip(self.support, self.frozen):
             row = [int(frozen)]
@@ -584,10 +587,10 @@ class SparseSupernet(nn.Module):
 
     def set_extra_state(self, rows: Tensor) -> None:
         """Called by load_state_dict, before the cells' weights are loaded."""
-        for k, row in zip(range(len(self.states)), rows.tolist()):
+        for k, row in zip(range(len(self.frozen)), rows.tolist()):
             self.support[k] = [(self.ops[op], state) for op, state in zip(row[1::2], row[2::2])]
             if row[0]:
-                self.set_frozen(k)
+                self.freeze(k)  # the strengths are loaded after that
             elif self.frozen[k]:
                 raise ValueError("nodes of this network are frozen that are not in the state: load it into a new one")
 
@@ -626,7 +629,7 @@ def cost_share(net: SparseSupernet, support: list, args: argparse.Namespace, ima
     shares = [0.0]
     if args.max_params or args.max_flops:
         with torch.device("meta"):  # shapes without numbers
-            pruned = type(net)(**net.size, support=support)
+            pruned = type(net)(**net.size, given=support)
         if args.max_params:
             shares.append(common.count_parameters(pruned) / args.max_params)
         if args.max_flops:
@@ -649,13 +652,13 @@ def start_within_limits(net: SparseSupernet, args: argparse.Namespace, image_siz
         # A column of A is the code of an alpha that is 1 there and 0 elsewhere
         k = draw % len(net.b)
         count = int(net.A[k].any(0).sum())  # of the node's candidates
-        chosen = int(torch.randint(count, ()))
+        candidate = int(torch.randint(count, ()))
         before = net.b[k].clone()
-        code = net.A[k][:, chosen] + 0.02 * torch.randn_like(before)
+        code = net.A[k][:, candidate] + 0.02 * torch.randn_like(before)
         net.b[k].copy_(args.b_scale * code)
 
         alpha = net.decode()
-        share = cost_share(net, net.select_support(alpha), args, image_size)
+        share = cost_share(net, net.support_of(alpha), args, image_size)
         if share > lowest:
             net.b[k].copy_(before)
         else:
@@ -671,16 +674,15 @@ def start_within_limits(net: SparseSupernet, args: argparse.Namespace, image_siz
 
 
 class Learned:
-    """Everything that is learned, and the state of its optimizers. support: the architecture, if it is not learned."""
+    """Everything that is learned, and the state of its optimizers. given: the architecture, if it is not learned."""
 
-    def __init__(self, args: argparse.Namespace, data: common.Data, device: torch.device, support: list | None = None):
+    def __init__(self, args: argparse.Namespace, data: common.Data, device: torch.device, given: list | None = None):
         Supernet = MobileSupernet if args.space == "mobilenet" else SparseSupernet
         stem = common.stem_for(data.train_images)
         auxiliary = args.auxiliary_weight > 0
-        if auxiliary:
-            common.check_auxiliary(data.train_images.shape[3])
-        self.net = Supernet(args.channels, len(data.classes), args.layers, auxiliary, args.b_scale, stem, support)
-        self.net.to(device, memory_format=torch.channels_last)
+        self.net = Supernet(args.channels, len(data.classes), args.layers, auxiliary, args.b_scale, stem, given)
+        self.net.to(device, memory_format=common.layout(device))
+        self.model = self.net  # what a step calls: the network, or what torch.compile made of it
         self.velocity = {}  # {weight: its v}, for the weights that the previous step moved
         self.collect_theta()
 
@@ -692,10 +694,10 @@ class Learned:
         else:
             self.tau_optimizer = torch.optim.SGD([self.tau])  # plain gradient steps [C]
         count = len(data.train_images)
-        epochs = args.train_epochs + (0 if support else args.search_epochs)
+        epochs = args.train_epochs + (0 if given else args.search_epochs)
         self.steps = epochs * (count // common.check_batch(count, args.batch_size, WORLD))
         self.eta = Eta(args.lr, args.weight_decay, args.updates, self.steps, args.lr_range, args.wd_range, device)
-        self.previous_lr = self.eta.lr  # of the previous step: warm-up may set lr before Eq. (3) looks back at it
+        self.previous_lr = self.eta.lr  # with which theta moved last; since then warm-up may have set another lr
         mean, std = common.mean_std(data.train_images)
         self.mean = mean.to(device)
         self.std = std.to(device)
@@ -771,7 +773,7 @@ def train_step(s: Learned, images: Tensor, labels: Tensor, args: argparse.Namesp
 
     # 2. The loss of every image, and all gradients. Weights that do not run in this iteration have none
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
-        output = s.net(x)
+        output = s.model(x)
     logits, auxiliary_logits = output if isinstance(output, tuple) else (output, None)  # (B, classes)
     smooth = args.label_smoothing
     losses = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smooth)  # (B,)
@@ -790,8 +792,10 @@ def train_step(s: Learned, images: Tensor, labels: Tensor, args: argparse.Namesp
     ran = [weight for weight in s.theta if weight.grad is not None]
     average_gradients([*ran, *s.net.b, s.tau])
 
-    # 3. Eq. (3), before theta moves again: this gradient was taken at the weights that the previous step left, and
-    #    tells how that step's lr and wd should have differed. It counts the weights that moved then and ran now
+    # 3. Eq. (3), for the previous step of theta. The paper moves eta at the end of an iteration, by the loss at the new
+    #    theta on "a mini-batch". Here that is the next batch [C]: its gradient at this theta has just been computed, so
+    #    that no second pass is needed. (The public code pays one, and its loss is of images without pairs and has no
+    #    auxiliary head and no label smoothing.) Only weights that moved then and have a gradient now count
     moved = [weight for weight in ran if weight in s.velocity]
     if moved and not args.no_hpo:
         grads = [weight.grad for weight in moved]
@@ -829,14 +833,14 @@ def decode_and_freeze(s: Learned, args: argparse.Namespace, image_size: int, fin
         settled = searched
     else:
         alpha = from_process_0(s.net.decode())
-        if cost_share(s.net, s.net.select_support(alpha), args, image_size) > 1:
+        if cost_share(s.net, s.net.support_of(alpha), args, image_size) > 1:
             print("the new support breaks --max-params or --max-flops: the old one stays")
             return None
         distances = s.net.set_alpha(alpha)
-        chosen = s.net.alpha_S.any(1).tolist()  # where alpha is 0 on the support nothing is chosen yet
-        settled = [k for k in searched if distances[k] <= FREEZE_DISTANCE and chosen[k]]
+        decided = s.net.alpha_S.any(1).tolist()  # where alpha is 0 on the whole support, nothing is decided yet
+        settled = [k for k in searched if distances[k] <= FREEZE_DISTANCE and decided[k]]
 
-    # When no node is left to search, what no node kept is deleted
+    # When no node is left to search, the candidates off the supports are deleted
     for k in settled:
         s.net.freeze(k)
     if all(s.net.frozen):
@@ -865,73 +869,74 @@ def run_dha(args: argparse.Namespace, device: torch.device) -> None:
         return
 
     # Errors of flags and data come first, before anything is written
-    data, s = prepare_dha(args, device)
-    print(f"{args.dataset}: {data.describe()}")
+    data = prepare_dha(args, device)
+    s = begin(args, data, device)
     with locked(out):
-        history, checkpoint = open_run(args, device, __file__)
+        history, checkpoint = open_run(args, data, device, __file__, common.__file__)
         if history:
             s.load_state_dict(checkpoint["learned"])
         elif args.genotype and RANK == 0:
             common.save_genotype(s.net.genotype(), out / "genotype.json")
+        print(f"{args.dataset}: {data.describe()}")
+        announce("search and training", device, s.net, s.steps)
         search_and_train(s, args, data, history)
 
 
-def prepare_dha(args: argparse.Namespace, device: torch.device) -> tuple[common.Data, Learned]:
-    """The data and the untrained network of a run. Writes nothing; raises InputError where something does not fit."""
-    if RANK > 0:
-        dist.barrier()  # process 0 may have to download the data
-    data = common.load_data(
-        args.dataset, args.data_dir, args.image_size, args.limit_train, args.limit_test, args.workers, args.seed
-    ).to(device)
-    if WORLD > 1 and RANK == 0:
-        dist.barrier()
+def prepare_dha(args: argparse.Namespace, device: torch.device) -> common.Data:
+    """The data of a run; raises InputError where they do not fit its flags. Writes nothing but data it downloads."""
+    data = load_data(args, device)
     common.check_batch(len(data.train_images), args.batch_size, WORLD)
     if args.cutout >= 2 * data.train_images.shape[3]:
         raise InputError(f"--cutout {args.cutout} always hides the whole image: give less")
+    if args.auxiliary_weight:
+        common.check_auxiliary(data.train_images.shape[3])
+    return data
 
-    # The architecture: given, or searched from a random start. A resumed run reads its own copy of what was given
-    support = None
+
+def begin(args: argparse.Namespace, data: common.Data, device: torch.device) -> Learned:
+    """The untrained network of a run, with an architecture that is given or a random one to start the search with."""
+    # A resumed run reads its own copy of what was given
+    given = None
     if args.genotype:
         copy = Path(args.out) / "genotype.json"
-        support = to_support(common.load_genotype(copy if copy.exists() else args.genotype, args.space))
+        given = to_support(common.load_genotype(copy if copy.exists() else args.genotype, args.space))
     torch.manual_seed(args.seed)
-    s = Learned(args, data, device, support)
+    s = Learned(args, data, device, given)
 
     # The limits of Eq. (1), for what is searched. A resumed run has met them
-    image_size = data.train_images.shape[3]
-    if not support and not (Path(args.out) / "checkpoint.pt").exists():
-        start_within_limits(s.net, args, image_size)
+    if not given and not (Path(args.out) / "checkpoint.pt").exists():
+        start_within_limits(s.net, args, data.train_images.shape[3])
         s.net.set_alpha(from_process_0(s.net.alpha))
-    return data, s
+    return s
 
 
 def search_and_train(s: Learned, args: argparse.Namespace, data: common.Data, history: list[dict]) -> None:
     """Search until every node is frozen, then train. history: a record per epoch, of those that are done."""
     out = Path(args.out)
     device = s.tau.device
+    count = len(data.train_images)
     image_size = data.train_images.shape[3]
     epochs_searched = sum(record["phase"] == "search" for record in history)
+    epochs_before = len(history)
     while not all(s.net.frozen) or len(history) < epochs_searched + args.train_epochs:
         started = time.perf_counter()
         epoch = len(history)
         searching = not all(s.net.frozen)
         progress = 0.0 if searching else (epoch - epochs_searched) / args.train_epochs
         s.net.train()
-        s.net.drop_path_prob = args.drop_path * progress
+        if args.drop_path and not searching:
+            s.net.drop_path_prob = torch.tensor(args.drop_path * progress, device=device)
+        if args.compile and not searching and s.model is s.net:  # from now on its graph stays the same
+            s.model = torch.compile(s.net)
         if args.no_hpo:  # constant while searching, then from lr to lr / 25 along half a cosine [A: ISTA-NAS]
             s.eta.set_lr(args.lr * (0.04 + 0.96 * (1 + math.cos(math.pi * progress)) / 2))
         if epoch < args.warmup_epochs:  # each of these epochs starts at its own lr; within it Eq. (3) moves lr
             s.eta.set_lr(args.lr * (epoch + 1) / args.warmup_epochs)
 
-        # One seed per epoch: a resumed run goes on as if it had never stopped. (The factors keep the seeds of different
-        # runs, epochs and processes apart)
-        seed = 100_003 * args.seed + epoch
-        torch.manual_seed(1_009 * seed + RANK)
-
-        # Each batch is drawn from all images, so that an epoch may see an image twice [C]: for Eq. (3) the next batch
-        # must be independent of those in v. Batches of one permutation share no image, which biases dL/dlr upwards, so
+        # Each batch is drawn from all images, so that an epoch may see an image twice [C]: for Eq. (3) a batch must be
+        # independent of those before it. Batches of one permutation share no image, which biases dL/dlr upwards, so
         # that lr falls too early
-        count = len(data.train_images)
+        seed = seed_epoch(args.seed, epoch)
         order = common.batch_indices(count, args.batch_size, seed, RANK, WORLD, independent=True).to(device)
         batches = common.loader(data.train_images, data.train_labels, order, train=True)
         totals = torch.zeros(2, device=device)
@@ -956,7 +961,7 @@ def search_and_train(s: Learned, args: argparse.Namespace, data: common.Data, hi
             "test_accuracy": test_accuracy,
             "lr": float(s.eta.lr),
             "wd": float(s.eta.wd),
-            "entropy": entropy,  # of p(tau), in nats; 5.278 when all pairs are alike
+            "entropy": entropy,  # of p(tau), in nats; 5.278 where all pairs have the same probability
             "frozen": sum(s.net.frozen),  # as it was in this epoch, before decode_and_freeze; so is the support
             "skip_connects": skips,
             "support": list(s.net.support),
@@ -979,6 +984,9 @@ def search_and_train(s: Learned, args: argparse.Namespace, data: common.Data, hi
         record["gpus"] = WORLD if device.type == "cuda" else 0
         history.append(record)
         save_epoch(out, history, learned=s.state_dict())
+        if epoch == epochs_before:
+            search_epochs = args.search_epochs if searching else epochs_searched
+            say_end("the run", record["seconds"], search_epochs + args.train_epochs - len(history))
 
     if RANK == 0:
         save_dha(s, args, data, history)
@@ -1019,23 +1027,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
 
-    add = parser.add_argument_group("what to run, on what").add_argument
-    add("--preset", choices=list(PRESETS), default="paper", help="sets the flags that are not given")
-    add("--dataset", choices=common.DATASETS, default="cifar10", help="data set")
-    add("--data-dir", type=os.path.expanduser, default="data", help="where data sets are, or are downloaded to")
-    add("--image-size", type=at_least(8), help="scale to this side; None: 224 for photographs, else as they are")
-    add("--limit-train", type=at_least(2), help="use only so many training images")
-    add("--limit-test", type=at_least(1), help="use only so many test images")
-    add("--workers", type=at_least(0), default=4, help="processes that read photographs")
-    add("--seed", type=at_least(0, 2**31), default=0, help="seed of everything random")
-    add("--gpu", type=at_least(-1), default=0 if torch.cuda.is_available() else -1, help="GPU number; -1 is the CPU")
-    add("--amp", action="store_true", help="bfloat16 autocast, to save memory (GPU only)")
-    add("--out", type=os.path.expanduser, help="run directory; None is runs/<script>-<dataset>-seed<seed>")
-    add("--resume", action="store_true", help="go on with the run in --out, if there is one")
+    add_run_flags(parser, list(PRESETS))
 
     add = parser.add_argument_group("network and training").add_argument
-    add("--search-epochs", type=at_least(1), default=120, help="maximum length of the search [A: ISTA-NAS]")
-    add("--train-epochs", type=at_least(0), default=600, help="epochs after the search, same weights [A: DARTS]")
+    add("--search-epochs", type=at_least(1), default=120, help="maximum length of the search [A: ISTA-NAS' README]")
+    add("--train-epochs", "--epochs", type=at_least(0), default=600, help="epochs after the search, same weights [A]")
     add("--batch-size", type=at_least(2), default=96, help="images per step, over all processes [A: DARTS]")
     add("--channels", type=at_least(2), default=36, help="channels of the first cells, even [A: DARTS]")
     add("--layers", type=at_least(3), default=20, help="cells; reductions at 1/3 and 2/3 [A: DARTS]")
@@ -1078,12 +1074,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         if given.preset == "quick":
             parser.set_defaults(**MOBILENET_QUICK)
 
-    # A run that --resume goes on with has saved its flags. argparse keeps what a namespace has and argv does not name
-    args = parser.parse_args(argv)
-    args.out = args.out or f"runs/dha-{args.dataset}-seed{args.seed}"
-    saved = saved_flags(parser, args, __file__)
-    args = parser.parse_args(argv, argparse.Namespace(**{**saved, "out": args.out}))
-    refuse_changes(parser, args, saved)
+    args = resume_flags(parser, argv, parser.parse_args(argv), __file__)
 
     if args.channels % 2:
         parser.error("--channels must be even: a factorized reduction splits them in two")
@@ -1097,10 +1088,35 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--lr must lie in --lr-range {args.lr_range}, where Eq. (3) moves it, or give --no-hpo")
     if not (args.no_hpo or args.wd_range[0] <= args.weight_decay <= args.wd_range[1]):
         parser.error(f"--weight-decay must lie in --wd-range {args.wd_range}, where Eq. (3) moves it, or give --no-hpo")
+    if args.no_da:
+        note_unused(argv, ["--tau-lr"], "--no-da")
+    if args.no_hpo:
+        note_unused(argv, ["--beta", "--lr-range", "--wd-range"], "--no-hpo")
+    if args.genotype:
+        searched = ["--search-epochs", "--arch-lr", "--b-scale", "--max-params", "--max-flops"]
+        note_unused(argv, searched, "--genotype")
     if args.amp and args.gpu < 0:
         print("note: --amp is for a GPU: it is switched off")
         args.amp = False
     return args
+
+
+def add_run_flags(parser: argparse.ArgumentParser, presets: list[str]) -> None:
+    """The flags that say what to run, and on what."""
+    add = parser.add_argument_group("what to run, on what").add_argument
+    add("--preset", choices=presets, default="paper", help="sets the flags that are not given")
+    add("--dataset", choices=common.DATASETS, default="cifar10", help="data set")
+    add("--data-dir", type=os.path.expanduser, default="data", help="where data sets are, or are downloaded to")
+    add("--image-size", type=at_least(8), help="scale to this side; None: 224 for photographs, else as they are")
+    add("--limit-train", type=at_least(2), help="use only so many training images; None: all")
+    add("--limit-test", type=at_least(1), help="use only so many test images; None: all")
+    add("--workers", type=at_least(0), default=4, help="processes that read photographs")
+    add("--seed", type=at_least(0, 2**31), default=0, help="seed of everything random")
+    add("--gpu", type=at_least(-1), default=0 if torch.cuda.is_available() else -1, help="GPU number; -1 is the CPU")
+    add("--amp", action="store_true", help="bfloat16 autocast, to save memory (GPU only)")
+    add("--compile", action="store_true", help="torch.compile the network that is trained; takes minutes to begin")
+    add("--out", type=os.path.expanduser, help="run directory; None: runs/<script>-<dataset>-seed<seed>")
+    add("--resume", action="store_true", help="go on with the run in --out, if there is one")
 
 
 def at_least(low: float, below: float = math.inf):
@@ -1115,51 +1131,99 @@ def at_least(low: float, below: float = math.inf):
     return number
 
 
+def note_unused(argv: list[str], flags: list[str], chosen: str) -> None:
+    """Say which of these flags the command line gives in vain, because of the chosen one."""
+    given = [word.split("=")[0] for word in argv]
+    for flag in flags:
+        if flag in given:
+            print(f"note: {flag} does nothing with {chosen}")
+
+
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "genotype.json", "policy.json", "model.pt", "result.json")
-PLACES = ("out", "resume", "gpu", "amp", "workers", "data_dir")  # flags that --resume may change
+PLACES = ("out", "resume", "gpu", "amp", "compile", "workers", "data_dir")  # flags that --resume may change
 
 
-def saved_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, script: str) -> dict:
-    """The flags of the run in --out, from its config.json, if --resume finds one there; {} if a new run may begin.
+def resume_flags(
+    parser: argparse.ArgumentParser, argv: list[str], args: argparse.Namespace, script: str
+) -> argparse.Namespace:
+    """The flags of the run in --out, if --resume goes on with one; else args, which begin a new run.
 
-    script: the path of the one that runs. Ends the program where --out holds another run.
+    script: the path of the one that runs. Ends the program where --out holds another run, or a flag contradicts the
+    run's own.
     """
+    name = Path(script).stem
+    if not args.out:
+        dataset = args.dataset
+        if dataset == "folder":
+            dataset = Path(args.data_dir).resolve().name
+        args.out = f"runs/{name}-{dataset}-seed{args.seed}"
     folder = Path(args.out)
-    name = Path(script).name
-
-    # --resume goes on with the run that is there
-    if args.resume and (folder / "config.json").exists():
-        try:
-            config = json.loads((folder / "config.json").read_text())
-            if config["script"] != name:
-                parser.error(f"{folder} holds a run of {config['script']}")
-            return dict(config["args"])
-        except (OSError, ValueError, TypeError, LookupError) as error:
-            parser.error(f"cannot read {folder / 'config.json'}: {type(error).__name__}")
 
     # A new run begins where there is none
-    for file in (*RUN_FILES, name):
-        if (folder / file).exists():
-            parser.error(f"{folder} holds the {file} of a run: choose another --out, or --resume that run")
-    return {}
+    if not (args.resume and (folder / "config.json").exists()):
+        for file in RUN_FILES:
+            if (folder / file).exists():
+                parser.error(f"{folder} holds the {file} of a run: choose another --out, or --resume that run")
+        return args
 
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        saved = dict(config["args"])
+        begun_by = config["script"]
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        parser.error(f"cannot read {folder / 'config.json'}: {type(error).__name__}")
+    if begun_by != f"{name}.py":
+        parser.error(f"{folder} holds a run of {begun_by}")
 
-def refuse_changes(parser: argparse.ArgumentParser, args: argparse.Namespace, saved: dict) -> None:
-    """End the program if a flag contradicts those that the run, with which --resume goes on, has saved."""
-    for name, value in saved.items():
-        if name not in PLACES and getattr(args, name) != value:
-            parser.error(f"{args.out} was started with {name} = {value}: leave flags that differ out")
+    # argparse keeps what a namespace has and argv does not name
+    args, _ = parser.parse_known_args(argv, argparse.Namespace(**{**saved, "out": args.out}))
+    finished = (folder / "result.json").exists()
+    for flag, value in saved.items():
+        free = flag in PLACES and not (finished and flag == "data_dir")
+        if not free and getattr(args, flag) != value:
+            parser.error(f"{folder} was started with {flag} = {value}: leave flags that differ out")
+    return args
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Around a run: processes, device, evaluation
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Under torchrun: this process's number, and how many there are
-TORCHRUN = dist.is_torchelastic_launched()
-RANK = int(os.environ["RANK"]) if TORCHRUN else 0
-WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
-QUIET = True if RANK > 0 else None  # tqdm's disable; None: no bar where there is no terminal
+
+def seed_epoch(seed: int, epoch: int) -> int:
+    """Seed all that an epoch draws, in every process differently. Returns a seed for its batches, the same in all.
+
+    So a resumed run goes on as if it had never stopped. The factors keep runs, epochs and processes apart.
+    """
+    epoch_seed = 100_003 * seed + epoch
+    torch.manual_seed(1_009 * epoch_seed + RANK)
+    return epoch_seed
+
+
+def load_data(args: argparse.Namespace, device: torch.device) -> common.Data:
+    """The data set on the device. Under torchrun process 0 is first, because it may have to download it."""
+    if RANK > 0:
+        dist.barrier()
+    data = common.load_data(
+        args.dataset, args.data_dir, args.image_size, args.limit_train, args.limit_test, args.workers, args.seed
+    )
+    if WORLD > 1 and RANK == 0:
+        dist.barrier()
+    return data.to(device)
+
+
+def announce(what: str, device: torch.device, net: nn.Module, steps: int) -> None:
+    """Say what will be trained on which device, and warn where a CPU would need days."""
+    parameters = common.count_parameters(net)
+    print(f"{what} on {device}: {parameters:,} parameters, {steps:,} steps")
+    if device.type == "cpu" and parameters * steps > 1e11:
+        print("warning: on a CPU this takes days or weeks; --preset quick takes minutes, --gpu 0 is for a GPU")
+
+
+def say_end(what: str, seconds: float, epochs: int) -> None:
+    """Say when `what` ends, if it has so many more epochs, of so many seconds each."""
+    left = timedelta(seconds=round(seconds * epochs))
+    print(f"{what} takes about {left} more, until {datetime.now() + left:%d %b %H:%M}")
 
 
 def join_processes(args: argparse.Namespace) -> None:
@@ -1203,10 +1267,8 @@ def finite_means(means: Tensor, learned: list[Tensor], epoch: int, flags: str) -
         means = means / dist.get_world_size()
     norms = torch.stack(torch._foreach_norm(learned))
     if not (means.isfinite().all() and norms.isfinite().all()):
-        sys.exit(
-            f"error: the loss is not finite in epoch {epoch}: start again with a lower {flags}; "
-            "the last good checkpoint is kept"
-        )
+        message = f"error: a loss or a weight is not finite in epoch {epoch}: start again with a lower {flags}"
+        sys.exit(f"{message}; the last good checkpoint is kept")
     return means.tolist()
 
 
@@ -1217,49 +1279,50 @@ def finite_means(means: Tensor, learned: list[Tensor], epoch: int, flags: str) -
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make the folder if it is not there, and let no other process write it until the block ends, however it ends."""
-    if RANK > 0:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such locks
-        yield
-        return
-
-    # The system ends the lock when the descriptor is closed, also that of a killed process
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise InputError(f"another process is writing {folder}") from None
-    except OSError as error:
-        print(f"warning: {folder} cannot be locked ({error.strerror}): start no second run in it")
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def open_run(args: argparse.Namespace, device: torch.device, script: str) -> tuple[list[dict], dict]:
-    """Begin the run in --out, or go on with it: its history, and all of its checkpoint.pt; both empty at the start."""
-    out = Path(args.out)
-    source = Path(script)
+    """Make the folder, and let no other process write it until the block ends, or this process, however it ends."""
     if RANK == 0:
-        config = {
-            "script": source.name,
-            "args": vars(args),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "python": sys.version,
-            "device": str(device),
-        }
-        if not (out / "config.json").exists():
-            save(out / "config.json", config)
-        if not (out / source.name).exists():
-            save(out / source.name, source.read_bytes())
+        folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as at_the_end:
+        try:
+            if RANK == 0:
+                import fcntl  # not on Windows
+
+                descriptor = os.open(folder, os.O_RDONLY)
+                at_the_end.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is writing {folder}") from None
+        except (ImportError, OSError) as error:
+            print(f"warning: {folder} cannot be locked ({error}): start no second run in it")
+        yield
+
+
+def open_run(
+    args: argparse.Namespace, data: common.Data, device: torch.device, *scripts: str
+) -> tuple[list[dict], dict]:
+    """Begin the run in --out, or go on with it: its history, and all of its checkpoint.pt; both empty at the start.
+
+    scripts: the file that runs, and those it needs; with copies of them the run can be repeated. Raises InputError
+    where the run was started on other data.
+    """
+    out = Path(args.out)
+    config = {
+        "script": Path(scripts[0]).name,
+        "args": vars(args),
+        "data": data.fingerprint(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "python": sys.version,
+        "device": str(device),
+    }
+    if RANK == 0 and (out / "config.json").exists():
+        begun = json.loads((out / "config.json").read_text())
+        if begun["data"] != config["data"]:
+            raise InputError(f"{out} was started on other data than {args.data_dir} holds now: see its config.json")
+    elif RANK == 0:
+        for script in scripts:
+            save(out / Path(script).name, Path(script).read_bytes())
+        save(out / "config.json", config)
 
     # What the last finished epoch has left
     if not (out / "checkpoint.pt").exists():
@@ -1332,7 +1395,10 @@ def save_dha(s: Learned, args: argparse.Namespace, data: common.Data, history: l
         "std": s.std.cpu(),
     }
     save(out / "model.pt", model)
-    draw_dha(out, history, net, None if args.no_da else p)
+    try:
+        draw_dha(out, history, net, None if args.no_da else p)
+    except Exception as error:  # no fault of a figure loses the result
+        print(f"warning: a figure could not be drawn: {type(error).__name__}: {error}")
 
     # A name for the run. Table 1 has One-Stage ISTA and DHA
     method = "given genotype" if args.genotype else "DHA"
@@ -1365,7 +1431,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Sp
         info = torch.load(path, map_location=device, weights_only=True)
         support = to_support(common.parse_genotype(info["genotype"], info["space"]))
         Supernet = MobileSupernet if info["space"] == "mobilenet" else SparseSupernet
-        net = Supernet(info["channels"], info["num_classes"], info["layers"], stem=info["stem"], support=support)
+        net = Supernet(info["channels"], info["num_classes"], info["layers"], stem=info["stem"], given=support)
         net.load_state_dict(info.pop("state_dict"))
     except Exception as error:  # a damaged file can make the unpickler raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -1484,31 +1550,31 @@ def mobile_operation(name: str, c_in: int, c_out: int, stride: int) -> nn.Sequen
 
 
 class MobileLayer(nn.Module):
-    """A layer with all candidates, of which one runs: x + MBConv(x), or x alone. With a support: that candidate alone.
+    """A layer with all candidates, of which one runs: x + MBConv(x), or x alone. given: that candidate alone.
 
     Where stride or width change there is no x. In the supernet it is a cell of one node, number first_node.
     (B, c_in, H, W) to (B, c_out, H/stride, W/stride).
     """
 
-    def __init__(self, first_node: int, c_in: int, c_out: int, stride: int, support: list | None = None):
+    def __init__(self, first_node: int, c_in: int, c_out: int, stride: int, given: list | None = None):
         super().__init__()
         self.first_node = first_node
         self.width = c_out
         self.stride = stride
         self.shortcut = stride == 1 and c_in == c_out
         names = [name for name in common.MOBILE_PRIMITIVES if name != "skip_connect" or self.shortcut]
-        if support:
-            chosen = support[0][0][0]
-            if chosen not in names:
-                raise InputError(f"the genotype chooses {chosen} where the width or the stride changes")
-            names = [chosen]
+        if given:
+            name = given[0][0][0]
+            if name not in names:
+                raise InputError(f"the genotype has {name} where the width or the stride changes")
+            names = [name]
 
         candidates = nn.ModuleDict()
         for name in names:
             candidates[f"{name}_0"] = mobile_operation(name, c_in, c_out, stride)
         self.nodes = nn.ModuleList([candidates])
 
-    def forward(self, s0: Tensor, x: Tensor, support: list, strengths: list, drop_path_prob: float) -> Tensor:
+    def forward(self, s0: Tensor, x: Tensor, support: list, strengths: list, drop_path_prob: float | Tensor) -> Tensor:
         """As SparseCell's; s0 is not read."""
         name, state = support[0][0]
         strength = strengths[0][0]
@@ -1520,7 +1586,7 @@ class MobileLayer(nn.Module):
 
         o = self.nodes[0][f"{name}_{state}"](x)
         if self.shortcut:
-            o = stochastic_depth(o, drop_path_prob, "row", self.training)
+            o = common.drop_path(o, drop_path_prob, self.training)
             return x + strength * o
         return strength * o
 
@@ -1557,9 +1623,7 @@ class MobileSupernet(SparseSupernet):
         ):  # fmt: skip
             for i in range(count):
                 k = len(self.cells)
-                given = None
-                if self.support:
-                    given = self.support[k : k + 1]
+                given = self.support[k : k + 1] if self.support else None
                 self.cells.append(MobileLayer(k, c_in, width(at_32), stride if i == 0 else 1, given))
                 c_in = width(at_32)
         self.head = nn.Sequential(*conv_bn_relu6(c_in, width(1280), 1))

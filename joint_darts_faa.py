@@ -14,10 +14,11 @@ https://arxiv.org/abs/2012.09407; equation numbers are the paper's. Its parts ar
 order) and Faster AutoAugment (Hataya et al., ECCV 2020, without its critic).
 
     w       weights of the network
-    alpha   logits of the 8 candidates of an edge, which are layers
+    alpha   each edge of the network has 8 candidate operations; alpha has a logit for each
     L, K    number of sub-policies of the policy, and of stages of a sub-policy
-    z       logit of an image operation's selection, in a stage of a sub-policy. eta: temperature of the selection
-    p, mu   probability that an operation is applied once it is selected, and how strongly
+    z       each stage selects one of 16 image operations; z has a logit for each
+    eta     temperature of that selection, softmax(z / eta)
+    p, mu   probability that an operation is applied once it is selected, and its magnitude
 
 The training images are split in two, D_train and D_val. One iteration (Alg. 1):
 
@@ -29,10 +30,12 @@ The training images are split in two, D_train and D_val. One iteration (Alg. 1):
 
 After the search the strongest candidates make a network. It is trained from scratch with the policy, which now draws
 its operations instead of weighting them. Images are always cropped and flipped before the policy. In the final training
-cutout follows the policy [P: of the baseline]; in the search there is none [A: DARTS].
+cutout follows it; crop, flip and cutout are those of the paper's baseline [P]. In the search there is no cutout [A:
+DARTS].
 
-Marks: [P] the paper says so. [A] public code does: DARTS', https://github.com/quark0/darts, or Faster AutoAugment's,
-https://github.com/moskomule/dda, branch fasteraa. [C] our choice, where neither says or we depart from both.
+Marks: [P] the paper says so. [A] public code does: DARTS', https://github.com/quark0/darts, or that of Faster
+AutoAugment (FAA), https://github.com/moskomule/dda, branch fasteraa. [C] our choice, where neither says or we depart
+from both.
 """
 
 import argparse
@@ -43,6 +46,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import torch
@@ -56,20 +60,26 @@ from tqdm import tqdm
 import common
 from common import PRIMITIVES, FactorizedReduce, Genotype, InputError, Network
 
+# Under torchrun: this process's number, and how many there are
+TORCHRUN = dist.is_torchelastic_launched()
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0
+WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
+QUIET = True if RANK > 0 else None  # tqdm's disable; None: no bar where there is no terminal
+
 GRAD_CLIP = 5.0  # largest norm of the weights' gradient [A: DARTS]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The policy. Its 16 operations (AUGMENTATIONS, SIGNED) and their helpers (per_image, into_range) are at the end:
 # operation(images, magnitude) returns images; images (B, 3, H, W) lie in [0, 1], magnitude (B,) too, or in [-1, 1] for
-# operations in SIGNED.
+# operations in SIGNED. Where an operation has no derivative, a wrapper there gives it one (straight-through).
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def relaxed_bernoulli(p: Tensor) -> Tensor:
     """A differentiable coin for every entry of p, in [0, 1]: near 1 with probability p, else near 0.
 
-    The Gumbel trick for two outcomes (Maddison et al.; Jang et al.), at temperature 0.1 [A]. Its gradient is 0 at p = 0
-    and p = 1.
+    The Gumbel trick for two outcomes (Maddison et al.; Jang et al.), at temperature 0.1 [A: FAA]. The clamp leaves no
+    gradient at p = 0 and p = 1.
     """
     p = p.clamp(1e-6, 1 - 1e-6)
     u = torch.rand_like(p).clamp(1e-6, 1 - 1e-6)
@@ -77,13 +87,13 @@ def relaxed_bernoulli(p: Tensor) -> Tensor:
 
 
 class Policy(nn.Module):
-    """An augmentation policy, differentiable: the soft policy of the search. (After it, `augment` draws operations.)
+    """The soft policy of the search, which is differentiable. (After the search `augment` draws its operations.)
 
     Takes and returns images (B, 3, H, W), float in [0, 1].
     z, p, mu: (L, K, 16) each, so 3 * 16 * K * L parameters: for every sub-policy, stage and operation the logit of
-    its selection, the probability that it is applied and its magnitude in [0, 1]; all from U(0, 1) at the start [A].
-    eta: temperature of the selection [A]. Every image draws its own sub-policy [C] (Faster AutoAugment: one for a
-    chunk of the batch). It also draws the sign of mu for every operation in SIGNED [A].
+    its selection, the probability that it is applied and its magnitude in [0, 1]; all from U(0, 1) at the start [A:
+    FAA]. eta: temperature of the selection [A: FAA]. Every image draws its own sub-policy [C] (FAA: one for a chunk of
+    the batch). It also draws the sign of mu for every operation in SIGNED [A: FAA].
     """
 
     def __init__(self, sub_policies: int = 10, stages: int = 2, eta: float = 0.05):
@@ -99,10 +109,12 @@ class Policy(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         L, K, _ = self.z.shape
         which = torch.randint(L, (len(images),), device=images.device)  # a sub-policy for every image
-        weights = self.selection()[which]  # sigma_eta(z) of Eqs. (2) and (3), (B, K, 16)
-        masks = relaxed_bernoulli(self.p[which])  # of Eq. (1), (B, K, 16)
+
+        # Not [which]: the order in which its backward pass adds differs from run to run, also on a CPU
+        weights = self.selection().index_select(0, which)  # sigma_eta(z) of Eqs. (2) and (3), (B, K, 16)
+        masks = relaxed_bernoulli(self.p.index_select(0, which))  # of Eq. (1), (B, K, 16)
         signs = 1 - 2 * self.signed * torch.randint(2, masks.shape, device=images.device)  # 1 or -1 for SIGNED, else 1
-        magnitudes = self.mu[which] * signs  # (B, K, 16)
+        magnitudes = self.mu.index_select(0, which) * signs  # (B, K, 16)
 
         for k in range(K):
             # (B,) of each operation. Unbound at once, which is cheaper to differentiate than one index after another
@@ -119,7 +131,7 @@ class Policy(nn.Module):
     def clamp(self) -> None:
         """p and mu back into [0, 1], after a step [C].
 
-        A p that reaches 0 or 1 stays there, because the coin of Eq. (1) has no gradient at these values.
+        A p that reaches 0 or 1 stays there: relaxed_bernoulli has no gradient at these values.
         """
         self.p.clamp_(0, 1)
         self.mu.clamp_(0, 1)
@@ -194,10 +206,10 @@ class MixedOp(nn.Module):
 
 
 class Beginnings(nn.Module):
-    """What each operation on a state (B, C, H, W) begins with, by the operation's name; made once per state, for speed.
+    """The first layers of the operations on a state (B, C, H, W), by the operation's name. All its edges share them.
 
-    Convolutions begin with a ReLU, a skip-connection with the state itself. The pools are here as a whole, each with
-    the batch norm that DARTS' search puts after it: fix_batch_norms leaves nothing there that learns, so that one
+    That saves time. A convolution begins with a ReLU, a skip-connection with the state itself. A pool is here as a
+    whole, with the batch norm that DARTS' search puts after it: nothing in that learns (fix_batch_norms), so that one
     serves all edges.
     """
 
@@ -216,7 +228,7 @@ class Beginnings(nn.Module):
 
 
 def rest_of_operation(name: str, channels: int, stride: int) -> nn.Module:
-    """common.operation without what Beginnings makes."""
+    """common.operation without its first layers, which Beginnings has."""
     if name.endswith("pool_3x3"):
         return nn.Identity()
     layers = common.operation(name, channels, stride)
@@ -330,52 +342,53 @@ class DartsSupernet(nn.Module):
 class JointSearch:
     """Everything that the search learns, and its optimizers.
 
-    genotype: a fixed architecture, for which there is no alpha; None searches one. With --policy there are no z, p, mu.
+    given: a fixed architecture, for which there is no alpha; None searches one. There are z, p and mu where --policy is
+    "search".
     """
 
     def __init__(
-        self, args: argparse.Namespace, data: common.Data, device: torch.device, genotype: Genotype | None = None
+        self, args: argparse.Namespace, data: common.Data, device: torch.device, given: Genotype | None = None
     ):
         # What learns: w, alpha, and the policy's z, p and mu
-        self.genotype = genotype
+        self.given = given
         stem = common.stem_for(data.train_images)
-        if genotype:
-            self.net = Network(genotype, len(data.classes), args.search_channels, args.search_layers, stem=stem)
+        if given:
+            self.net = Network(given, len(data.classes), args.search_channels, args.search_layers, stem=stem)
             self.alphas = []
         else:
             self.net = DartsSupernet(args.search_channels, len(data.classes), args.search_layers, stem)
             self.alphas = self.net.alphas()
-        self.net.to(device, memory_format=torch.channels_last)
+        self.net.to(device, memory_format=common.layout(device))
         self.w = [weight for name, weight in self.net.named_parameters() if not name.startswith("alphas")]
-        self.policy = None if args.policy else Policy(args.sub_policies, args.stages).to(device)
+        self.policy = Policy(args.sub_policies, args.stages).to(device) if args.policy == "search" else None
         self.upper = list(self.alphas)  # what the upper level, Eq. (9), moves
         if self.policy:
             self.upper += self.policy.parameters()
 
-        # DARTS' optimizers for w and alpha [A], Faster AutoAugment's for the policy [A]
+        # DARTS' optimizers for w and alpha [A: DARTS], Faster AutoAugment's for the policy [A: FAA]
         self.w_optimizer = torch.optim.SGD(self.w, args.lr, momentum=0.9, weight_decay=args.weight_decay)
-        self.parts = {"net": self.net, "w_optimizer": self.w_optimizer}  # for the checkpoint
+        self.saved = {"net": self.net, "w_optimizer": self.w_optimizer}  # for the checkpoint
         if self.alphas:
             self.alpha_optimizer = torch.optim.Adam(self.alphas, args.arch_lr, betas=(0.5, 0.999), weight_decay=1e-3)
-            self.parts["alpha_optimizer"] = self.alpha_optimizer
+            self.saved["alpha_optimizer"] = self.alpha_optimizer
         if self.policy:
             self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), args.policy_lr, betas=(0.0, 0.999))
-            self.parts["policy"] = self.policy
-            self.parts["policy_optimizer"] = self.policy_optimizer
+            self.saved["policy"] = self.policy
+            self.saved["policy_optimizer"] = self.policy_optimizer
         mean, std = common.mean_std(data.train_images)
         self.mean = mean.to(device)
         self.std = std.to(device)
 
     def found(self) -> Genotype:
         """The architecture that would be derived now, or that is given."""
-        return self.genotype or self.net.genotype()
+        return self.given or self.net.genotype()
 
     def state_dict(self) -> dict:
-        return {name: part.state_dict() for name, part in self.parts.items()}
+        return {name: module.state_dict() for name, module in self.saved.items()}
 
     def load_state_dict(self, saved: dict) -> None:
-        for name, part in self.parts.items():
-            part.load_state_dict(saved[name])
+        for name, module in self.saved.items():
+            module.load_state_dict(saved[name])
 
     def loss_and_accuracy(self, images: Tensor, labels: Tensor, amp: bool) -> tuple[Tensor, Tensor]:
         """L(w, alpha, z, p, mu), the cross-entropy, and the accuracy in %.
@@ -429,8 +442,6 @@ def search_step(s: JointSearch, val: tuple[Tensor, Tensor], train: tuple[Tensor,
         s.policy.clamp()
     if s.alphas:
         s.alpha_optimizer.step()  # line 8
-    measured = [loss_val.detach(), accuracy_val]
-    del loss_val  # and the memory of its graph, before the next one is made
 
     # Eq. (10): w, with the new policy and alpha
     only_differentiate(s.w, frozen=s.upper)
@@ -439,7 +450,7 @@ def search_step(s: JointSearch, val: tuple[Tensor, Tensor], train: tuple[Tensor,
     average_gradients(s.w)
     nn.utils.clip_grad_norm_(s.w, GRAD_CLIP)  # [A: DARTS], not in Alg. 1
     s.w_optimizer.step()  # line 14
-    return torch.stack([*measured, loss_train.detach(), accuracy_train])
+    return torch.stack([loss_val.detach(), accuracy_val, loss_train.detach(), accuracy_train])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -455,68 +466,69 @@ def run_joint(args: argparse.Namespace, device: torch.device) -> None:
         return
 
     # Errors of flags, data and files come first, before anything is written
-    data, genotype = prepare_joint(args, device)
-    print(f"{args.dataset}: {data.describe()}")
-    policy = None
-    if args.policy and args.policy != "none":
-        copy = out / "policy.json"
-        policy = load_policy(copy if copy.exists() else args.policy)
+    data = prepare_joint(args, device)
+    genotype, policy = given_or_found(args)
     with locked(out):
-        history, checkpoint = open_run(args, device, __file__)
+        history, checkpoint = open_run(args, data, device, __file__, common.__file__)
+        print(f"{args.dataset}: {data.describe()}")
         if RANK == 0:
-            save_found(out, genotype, policy)  # what was given; the search adds the rest
+            save_found(out, genotype, policy)
 
-        if "train" not in checkpoint and not (args.genotype and args.policy):
+        # What is not given is searched: Alg. 1, line 16 returns the final policy and architecture
+        if genotype is None or (policy is None and args.policy == "search"):
             s = search(args, data, device, genotype, history, checkpoint.get("search"))
-            if RANK == 0:  # Alg. 1, line 16: the final policy and architecture
-                save_found(out, s.found(), s.policy)
-        if WORLD > 1:
-            dist.barrier()  # until process 0 has written the files
+            genotype = s.found()
+            policy = s.policy or policy
+            if RANK == 0:
+                save_found(out, genotype, policy)
 
         net = None
         if not args.search_only:
-            net = train(args, data, device, history, checkpoint.get("train"))
+            net = train(args, data, device, genotype, policy, history, checkpoint.get("train"))
         if RANK == 0:
-            save_joint(args, data, device, net, history)
+            save_joint(args, data, device, genotype, net, history)
 
 
-def prepare_joint(args: argparse.Namespace, device: torch.device) -> tuple[common.Data, Genotype | None]:
-    """The data of a run, and its genotype if that is given. Writes nothing; raises InputError for what does not fit."""
-    if RANK > 0:
-        dist.barrier()  # process 0 may have to download the data
-    data = common.load_data(
-        args.dataset, args.data_dir, args.image_size, args.limit_train, args.limit_test, args.workers, args.seed
-    ).to(device)
-    if WORLD > 1 and RANK == 0:
-        dist.barrier()
+def prepare_joint(args: argparse.Namespace, device: torch.device) -> common.Data:
+    """The data of a run; raises InputError where they do not fit its flags. Writes nothing but data it downloads."""
+    data = load_data(args, device)
 
     # Are there enough images for the batches of the search and of the training, and can the processes share them?
     count = len(data.train_images)
-    if not (args.genotype and args.policy):
+    if not (args.genotype and args.policy != "search"):
         searched = min(args.search_images or count, count)
-        for half in (searched // 2, searched - searched // 2):
-            common.batch_indices(half, args.search_batch_size, 0, RANK, WORLD)
+        common.check_batch(searched // 2, args.search_batch_size, WORLD)
     if not args.search_only:
-        common.batch_indices(count, args.batch_size, 0, RANK, WORLD)
+        common.check_batch(count, args.batch_size, WORLD)
         if args.cutout >= 2 * data.train_images.shape[3]:
             raise InputError(f"--cutout {args.cutout} always hides the whole image: give less")
         if args.auxiliary_weight:
             common.check_auxiliary(data.train_images.shape[3])
+    return data
 
-    # A resumed run reads its own copy
+
+def given_or_found(args: argparse.Namespace) -> tuple[Genotype | None, Policy | None]:
+    """The architecture and the policy that the run was given, or has found before it was resumed; else None.
+
+    The run directory has a copy of what was given, and what was found.
+    """
     genotype = None
-    if args.genotype:
-        copy = Path(args.out) / "genotype.json"
-        genotype = common.load_genotype(copy if copy.exists() else args.genotype)
-    return data, genotype
+    policy = None
+    genotype_file = Path(args.out) / "genotype.json"
+    policy_file = Path(args.out) / "policy.json"
+    if genotype_file.exists() or args.genotype:
+        genotype = common.load_genotype(genotype_file if genotype_file.exists() else args.genotype)
+    if policy_file.exists() or args.policy not in ("search", "none"):
+        policy = load_policy(policy_file if policy_file.exists() else args.policy)
+    return genotype, policy
 
 
 def save_found(out: Path, genotype: Genotype | None, policy: Policy | None) -> None:
-    """Write genotype.json and policy.json, those that are not None."""
-    if genotype:
-        common.save_genotype(genotype, out / "genotype.json")
+    """Write policy.json and genotype.json, those that are not None."""
     if policy:
         save(out / "policy.json", policy.as_dict())
+    if genotype:
+        common.save_genotype(genotype, out / "genotype.json")
 
 
 def cosine(start: float, end: float, progress: float) -> float:
@@ -528,32 +540,35 @@ def search(
     args: argparse.Namespace,
     data: common.Data,
     device: torch.device,
-    genotype: Genotype | None,
+    given: Genotype | None,
     history: list[dict],
     saved: dict | None,
 ) -> JointSearch:
     """Alg. 1 for --search-epochs epochs, or the rest of them.
 
-    genotype: None, or what the network is instead of a supernet. history: a record per epoch, of those that are done.
+    given: the architecture, if only the policy is searched. history: a record per epoch, of those that are done.
     saved: the state of the search after them.
     """
     torch.manual_seed(args.seed)
-    s = JointSearch(args, data, device, genotype)
+    s = JointSearch(args, data, device, given)
     if saved:
         s.load_state_dict(saved)
 
     shuffled = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(args.seed)).to(device)
     D_train, D_val = shuffled[: args.search_images].chunk(2)  # 50/50 [A: DARTS]
-    for epoch in range(len(history), args.search_epochs):  # Alg. 1, line 1
+    epochs_before = len(history)
+    steps = len(D_val) // common.check_batch(len(D_val), args.search_batch_size, WORLD)
+    if epochs_before < args.search_epochs:
+        announce("search", device, s.net, steps * args.search_epochs)
+
+    for epoch in range(epochs_before, args.search_epochs):  # Alg. 1, line 1
         started = time.perf_counter()
         lr = cosine(args.lr, args.lr / 25, epoch / args.search_epochs)  # 0.025 to 0.001 [A: DARTS]
         s.w_optimizer.param_groups[0]["lr"] = lr
         s.net.train()
 
-        # One seed per epoch, and two for its batches: a resumed run goes on as if it had never stopped. (The factors
-        # keep the seeds of different runs, epochs and processes apart)
-        seed = 100_003 * args.seed + epoch
-        torch.manual_seed(1_009 * seed + RANK)
+        # D_val goes through in an order of its own, once an epoch [C]
+        seed = seed_epoch(args.seed, epoch)
         val_order = common.batch_indices(len(D_val), args.search_batch_size, 2 * seed, RANK, WORLD).to(device)
         train_order = common.batch_indices(len(D_train), args.search_batch_size, 2 * seed + 1, RANK, WORLD).to(device)
 
@@ -561,7 +576,6 @@ def search(
         val_batches = common.loader(data.train_images, data.train_labels, D_val[val_order], train=True)
         train_batches = common.loader(data.train_images, data.train_labels, D_train[train_order], train=True)
         batches = zip(val_batches, train_batches)
-        steps = len(val_order)
         totals = torch.zeros(4, device=device)
         for val_batch, train_batch in tqdm(batches, f"search {epoch + 1}", steps, leave=False, disable=QUIET):
             totals += search_step(s, val_batch, train_batch, args.amp)
@@ -569,7 +583,8 @@ def search(
         flags = "--lr, --arch-lr or --policy-lr"
         val_loss, val_accuracy, loss, accuracy = finite_means(totals / steps, [*s.w, *s.upper], epoch + 1, flags)
 
-        # The epoch's record, with the architecture that would be derived now
+        # The epoch's record, with the architecture that would be derived now. Loss and accuracy on D_val are of
+        # augmented images, in training mode, before they moved alpha
         found = s.found()
         skips = [name for name, _ in found.normal].count("skip_connect")
         record = {
@@ -590,52 +605,63 @@ def search(
             f"epoch {epoch + 1}  search  L_train {loss:.3f} {accuracy:.1f} %  "
             f"L_val {val_loss:.3f} {val_accuracy:.1f} %  lr {lr:.4f}  normal cell: {skips} of {len(found.normal)} skip"
         )
-        if skips > 4 and not genotype:
+        if skips > 4 and not given:
             print("warning: most operations of the normal cell are skip-connections: the search may be collapsing.")
             print("metrics.jsonl has the genotype of every epoch: --genotype, with --policy, trains an earlier one")
         record["seconds"] = time.perf_counter() - started
         record["gpus"] = WORLD if device.type == "cuda" else 0
         history.append(record)
         save_epoch(Path(args.out), history, search=s.state_dict())
+        if epoch == epochs_before:
+            say_end("the search", record["seconds"], args.search_epochs - len(history))
     return s
 
 
 def train(
-    args: argparse.Namespace, data: common.Data, device: torch.device, history: list[dict], saved: dict | None
+    args: argparse.Namespace,
+    data: common.Data,
+    device: torch.device,
+    genotype: Genotype,
+    policy: Policy | None,
+    history: list[dict],
+    saved: dict | None,
 ) -> Network:
-    """Train the network of the run's genotype.json from scratch as DARTS does, with its policy.json if it has one.
+    """Train the network of a genotype from scratch as DARTS does, on images that go through the policy if there is one.
 
     history: a record per epoch, those of the search first. saved: the state of the training after them.
     """
     # The network, its optimizer, and the policy
     out = Path(args.out)
     torch.manual_seed(args.seed)
-    genotype = common.load_genotype(out / "genotype.json")
     stem = common.stem_for(data.train_images)
     net = Network(genotype, len(data.classes), args.channels, args.layers, args.auxiliary_weight > 0, stem)
-    net.to(device, memory_format=torch.channels_last)
+    net.to(device, memory_format=common.layout(device))
+    model = torch.compile(net) if args.compile else net  # what a step calls
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    policy = None
-    if args.policy != "none":
-        policy = load_policy(out / "policy.json").to(device)
+    if policy:
+        policy = policy.to(device)
     mean, std = common.mean_std(data.train_images)
     mean, std = mean.to(device), std.to(device)
     if saved:
         net.load_state_dict(saved["net"])
         optimizer.load_state_dict(saved["optimizer"])
 
+    count = len(data.train_images)
+    steps = count // common.check_batch(count, args.batch_size, WORLD)
+    announce("training", device, net, steps * args.train_epochs)
     searched = sum(record["phase"] == "search" for record in history)
+    epochs_before = len(history)
     for epoch in range(len(history) - searched, args.train_epochs):
         started = time.perf_counter()
         lr = cosine(args.lr, 0.0, epoch / args.train_epochs)
         optimizer.param_groups[0]["lr"] = lr
-        net.drop_path_prob = args.drop_path * epoch / args.train_epochs
+        drop_path_prob = args.drop_path * epoch / args.train_epochs
+        if args.drop_path:
+            net.drop_path_prob = torch.tensor(drop_path_prob, device=device)
         net.train()
 
-        # One seed per epoch, as in the search
-        seed = 100_003 * args.seed + len(history)
-        torch.manual_seed(1_009 * seed + RANK)
-        order = common.batch_indices(len(data.train_images), args.batch_size, seed, RANK, WORLD).to(device)
+        seed = seed_epoch(args.seed, len(history))
+        order = common.batch_indices(count, args.batch_size, seed, RANK, WORLD).to(device)
         batches = common.loader(data.train_images, data.train_labels, order, train=True)
         totals = torch.zeros(2, device=device)
         for images, labels in tqdm(batches, f"train {epoch + 1}", len(order), leave=False, disable=QUIET):
@@ -647,7 +673,7 @@ def train(
 
             # The loss, and the auxiliary head's
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                output = net(x)
+                output = model(x)
             logits, auxiliary_logits = output if isinstance(output, tuple) else (output, None)
             loss = F.cross_entropy(logits.float(), labels)
             objective = loss
@@ -672,7 +698,7 @@ def train(
             "train_accuracy": accuracy,
             "test_accuracy": test_accuracy,
             "lr": lr,
-            "drop_path": net.drop_path_prob,
+            "drop_path": drop_path_prob,
         }
         print(
             f"epoch {record['epoch']}  train  loss {loss:.3f}  train {accuracy:.1f} %  "
@@ -682,6 +708,8 @@ def train(
         record["gpus"] = WORLD if device.type == "cuda" else 0
         history.append(record)
         save_epoch(out, history, train={"net": net.state_dict(), "optimizer": optimizer.state_dict()})
+        if len(history) == epochs_before + 1:
+            say_end("the training", record["seconds"], args.train_epochs - epoch - 1)
     return net
 
 
@@ -708,19 +736,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
 
-    add = parser.add_argument_group("what to run, on what").add_argument
-    add("--preset", choices=list(PRESETS), default="paper", help="sets the flags that are not given")
-    add("--dataset", choices=common.DATASETS, default="cifar10", help="data set")
-    add("--data-dir", type=os.path.expanduser, default="data", help="where data sets are, or are downloaded to")
-    add("--image-size", type=at_least(8), help="scale to this side; None: 224 for photographs, else as they are")
-    add("--limit-train", type=at_least(2), help="use only so many training images")
-    add("--limit-test", type=at_least(1), help="use only so many test images")
-    add("--workers", type=at_least(0), default=4, help="processes that read photographs")
-    add("--seed", type=at_least(0, 2**31), default=0, help="seed of everything random")
-    add("--gpu", type=at_least(-1), default=0 if torch.cuda.is_available() else -1, help="GPU number; -1 is the CPU")
-    add("--amp", action="store_true", help="bfloat16 autocast, to save memory (GPU only)")
-    add("--out", type=os.path.expanduser, help="run directory; None is runs/<script>-<dataset>-seed<seed>")
-    add("--resume", action="store_true", help="go on with the run in --out, if there is one")
+    add_run_flags(parser, list(PRESETS))
 
     add = parser.add_argument_group("search").add_argument
     add("--search-epochs", type=at_least(1), default=50, help="epochs of search; the paper has 50 and 25 [P]")
@@ -731,13 +747,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--search-only", action="store_true", help="stop after the search, with what it found")
     add("--genotype", type=os.path.expanduser, help=f"no search of alpha: {', '.join(common.GENOTYPES)}, or a file")
     add("--arch-lr", type=at_least(0.0), default=3e-4, help="Adam's learning rate for alpha [A: DARTS]")
-    add("--policy", type=os.path.expanduser, help="None: search one; a file: train with that; `none`: no policy")
-    add("--policy-lr", type=at_least(0.0), default=1e-3, help="Adam's learning rate for z, p and mu [A]")
+    add("--policy", type=os.path.expanduser, default="search", help="search, none, or a file: train with that policy")
+    add("--policy-lr", type=at_least(0.0), default=1e-3, help="Adam's learning rate for z, p and mu [A: FAA]")
     add("--sub-policies", type=at_least(1), default=10, help="L, sub-policies of a policy [P]")
     add("--stages", type=at_least(1), default=2, help="K, stages of a sub-policy, an operation each [P]")
 
     add = parser.add_argument_group("training (--lr and --weight-decay also move w in the search)").add_argument
-    add("--train-epochs", type=at_least(0), default=600, help="epochs of training [P]")
+    add("--train-epochs", "--epochs", type=at_least(0), default=600, help="epochs of training [P]")
     add("--batch-size", type=at_least(2), default=96, help="images per step, over all processes [A: DARTS]")
     add("--channels", type=at_least(2), default=36, help="channels of the first cells, even [A: DARTS]")
     add("--layers", type=at_least(3), default=20, help="cells; reductions at 1/3 and 2/3 [A: DARTS]")
@@ -753,21 +769,42 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     preset = first_look.parse_known_args(argv)[0].preset
     parser.set_defaults(**PRESETS.get(preset, {}))
 
-    # A run that --resume goes on with has saved its flags. argparse keeps what a namespace has and argv does not name
-    args = parser.parse_args(argv)
-    args.out = args.out or f"runs/joint_darts_faa-{args.dataset}-seed{args.seed}"
-    saved = saved_flags(parser, args, __file__)
-    args = parser.parse_args(argv, argparse.Namespace(**{**saved, "out": args.out}))
-    refuse_changes(parser, args, saved)
+    args = resume_flags(parser, argv, parser.parse_args(argv), __file__)
 
     if args.channels % 2 or args.search_channels % 2:
         parser.error("--channels and --search-channels must be even: a factorized reduction splits them in two")
-    if not (args.train_epochs or args.search_only) or (args.search_only and args.genotype and args.policy):
+    searches = not args.genotype or args.policy == "search"
+    if not (args.train_epochs or args.search_only) or (args.search_only and not searches):
         parser.error("nothing to do: --train-epochs 0 needs --search-only, and something to search")
+    if args.policy != "search":
+        note_unused(argv, ["--policy-lr", "--sub-policies", "--stages"], f"--policy {args.policy}")
+    if args.genotype:
+        note_unused(argv, ["--arch-lr"], "--genotype")
+    if not searches:
+        search_flags = ["--search-epochs", "--search-batch-size", "--search-images", "--search-channels"]
+        note_unused(argv, [*search_flags, "--search-layers"], "a given genotype and policy")
     if args.amp and args.gpu < 0:
         print("note: --amp is for a GPU: it is switched off")
         args.amp = False
     return args
+
+
+def add_run_flags(parser: argparse.ArgumentParser, presets: list[str]) -> None:
+    """The flags that say what to run, and on what."""
+    add = parser.add_argument_group("what to run, on what").add_argument
+    add("--preset", choices=presets, default="paper", help="sets the flags that are not given")
+    add("--dataset", choices=common.DATASETS, default="cifar10", help="data set")
+    add("--data-dir", type=os.path.expanduser, default="data", help="where data sets are, or are downloaded to")
+    add("--image-size", type=at_least(8), help="scale to this side; None: 224 for photographs, else as they are")
+    add("--limit-train", type=at_least(2), help="use only so many training images; None: all")
+    add("--limit-test", type=at_least(1), help="use only so many test images; None: all")
+    add("--workers", type=at_least(0), default=4, help="processes that read photographs")
+    add("--seed", type=at_least(0, 2**31), default=0, help="seed of everything random")
+    add("--gpu", type=at_least(-1), default=0 if torch.cuda.is_available() else -1, help="GPU number; -1 is the CPU")
+    add("--amp", action="store_true", help="bfloat16 autocast, to save memory (GPU only)")
+    add("--compile", action="store_true", help="torch.compile the network that is trained; takes minutes to begin")
+    add("--out", type=os.path.expanduser, help="run directory; None: runs/<script>-<dataset>-seed<seed>")
+    add("--resume", action="store_true", help="go on with the run in --out, if there is one")
 
 
 def at_least(low: float, below: float = math.inf):
@@ -782,51 +819,99 @@ def at_least(low: float, below: float = math.inf):
     return number
 
 
+def note_unused(argv: list[str], flags: list[str], chosen: str) -> None:
+    """Say which of these flags the command line gives in vain, because of the chosen one."""
+    given = [word.split("=")[0] for word in argv]
+    for flag in flags:
+        if flag in given:
+            print(f"note: {flag} does nothing with {chosen}")
+
+
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "genotype.json", "policy.json", "model.pt", "result.json")
-PLACES = ("out", "resume", "gpu", "amp", "workers", "data_dir")  # flags that --resume may change
+PLACES = ("out", "resume", "gpu", "amp", "compile", "workers", "data_dir")  # flags that --resume may change
 
 
-def saved_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, script: str) -> dict:
-    """The flags of the run in --out, from its config.json, if --resume finds one there; {} if a new run may begin.
+def resume_flags(
+    parser: argparse.ArgumentParser, argv: list[str], args: argparse.Namespace, script: str
+) -> argparse.Namespace:
+    """The flags of the run in --out, if --resume goes on with one; else args, which begin a new run.
 
-    script: the path of the one that runs. Ends the program where --out holds another run.
+    script: the path of the one that runs. Ends the program where --out holds another run, or a flag contradicts the
+    run's own.
     """
+    name = Path(script).stem
+    if not args.out:
+        dataset = args.dataset
+        if dataset == "folder":
+            dataset = Path(args.data_dir).resolve().name
+        args.out = f"runs/{name}-{dataset}-seed{args.seed}"
     folder = Path(args.out)
-    name = Path(script).name
-
-    # --resume goes on with the run that is there
-    if args.resume and (folder / "config.json").exists():
-        try:
-            config = json.loads((folder / "config.json").read_text())
-            if config["script"] != name:
-                parser.error(f"{folder} holds a run of {config['script']}")
-            return dict(config["args"])
-        except (OSError, ValueError, TypeError, LookupError) as error:
-            parser.error(f"cannot read {folder / 'config.json'}: {type(error).__name__}")
 
     # A new run begins where there is none
-    for file in (*RUN_FILES, name):
-        if (folder / file).exists():
-            parser.error(f"{folder} holds the {file} of a run: choose another --out, or --resume that run")
-    return {}
+    if not (args.resume and (folder / "config.json").exists()):
+        for file in RUN_FILES:
+            if (folder / file).exists():
+                parser.error(f"{folder} holds the {file} of a run: choose another --out, or --resume that run")
+        return args
 
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        saved = dict(config["args"])
+        begun_by = config["script"]
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        parser.error(f"cannot read {folder / 'config.json'}: {type(error).__name__}")
+    if begun_by != f"{name}.py":
+        parser.error(f"{folder} holds a run of {begun_by}")
 
-def refuse_changes(parser: argparse.ArgumentParser, args: argparse.Namespace, saved: dict) -> None:
-    """End the program if a flag contradicts those that the run, with which --resume goes on, has saved."""
-    for name, value in saved.items():
-        if name not in PLACES and getattr(args, name) != value:
-            parser.error(f"{args.out} was started with {name} = {value}: leave flags that differ out")
+    # argparse keeps what a namespace has and argv does not name
+    args, _ = parser.parse_known_args(argv, argparse.Namespace(**{**saved, "out": args.out}))
+    finished = (folder / "result.json").exists()
+    for flag, value in saved.items():
+        free = flag in PLACES and not (finished and flag == "data_dir")
+        if not free and getattr(args, flag) != value:
+            parser.error(f"{folder} was started with {flag} = {value}: leave flags that differ out")
+    return args
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Around a run: processes, device, evaluation
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Under torchrun: this process's number, and how many there are
-TORCHRUN = dist.is_torchelastic_launched()
-RANK = int(os.environ["RANK"]) if TORCHRUN else 0
-WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
-QUIET = True if RANK > 0 else None  # tqdm's disable; None: no bar where there is no terminal
+
+def seed_epoch(seed: int, epoch: int) -> int:
+    """Seed all that an epoch draws, in every process differently. Returns a seed for its batches, the same in all.
+
+    So a resumed run goes on as if it had never stopped. The factors keep runs, epochs and processes apart.
+    """
+    epoch_seed = 100_003 * seed + epoch
+    torch.manual_seed(1_009 * epoch_seed + RANK)
+    return epoch_seed
+
+
+def load_data(args: argparse.Namespace, device: torch.device) -> common.Data:
+    """The data set on the device. Under torchrun process 0 is first, because it may have to download it."""
+    if RANK > 0:
+        dist.barrier()
+    data = common.load_data(
+        args.dataset, args.data_dir, args.image_size, args.limit_train, args.limit_test, args.workers, args.seed
+    )
+    if WORLD > 1 and RANK == 0:
+        dist.barrier()
+    return data.to(device)
+
+
+def announce(what: str, device: torch.device, net: nn.Module, steps: int) -> None:
+    """Say what will be trained on which device, and warn where a CPU would need days."""
+    parameters = common.count_parameters(net)
+    print(f"{what} on {device}: {parameters:,} parameters, {steps:,} steps")
+    if device.type == "cpu" and parameters * steps > 1e11:
+        print("warning: on a CPU this takes days or weeks; --preset quick takes minutes, --gpu 0 is for a GPU")
+
+
+def say_end(what: str, seconds: float, epochs: int) -> None:
+    """Say when `what` ends, if it has so many more epochs, of so many seconds each."""
+    left = timedelta(seconds=round(seconds * epochs))
+    print(f"{what} takes about {left} more, until {datetime.now() + left:%d %b %H:%M}")
 
 
 def join_processes(args: argparse.Namespace) -> None:
@@ -870,10 +955,8 @@ def finite_means(means: Tensor, learned: list[Tensor], epoch: int, flags: str) -
         means = means / dist.get_world_size()
     norms = torch.stack(torch._foreach_norm(learned))
     if not (means.isfinite().all() and norms.isfinite().all()):
-        sys.exit(
-            f"error: the loss is not finite in epoch {epoch}: start again with a lower {flags}; "
-            "the last good checkpoint is kept"
-        )
+        message = f"error: a loss or a weight is not finite in epoch {epoch}: start again with a lower {flags}"
+        sys.exit(f"{message}; the last good checkpoint is kept")
     return means.tolist()
 
 
@@ -884,49 +967,50 @@ def finite_means(means: Tensor, learned: list[Tensor], epoch: int, flags: str) -
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make the folder if it is not there, and let no other process write it until the block ends, however it ends."""
-    if RANK > 0:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such locks
-        yield
-        return
-
-    # The system ends the lock when the descriptor is closed, also that of a killed process
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise InputError(f"another process is writing {folder}") from None
-    except OSError as error:
-        print(f"warning: {folder} cannot be locked ({error.strerror}): start no second run in it")
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def open_run(args: argparse.Namespace, device: torch.device, script: str) -> tuple[list[dict], dict]:
-    """Begin the run in --out, or go on with it: its history, and all of its checkpoint.pt; both empty at the start."""
-    out = Path(args.out)
-    source = Path(script)
+    """Make the folder, and let no other process write it until the block ends, or this process, however it ends."""
     if RANK == 0:
-        config = {
-            "script": source.name,
-            "args": vars(args),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "python": sys.version,
-            "device": str(device),
-        }
-        if not (out / "config.json").exists():
-            save(out / "config.json", config)
-        if not (out / source.name).exists():
-            save(out / source.name, source.read_bytes())
+        folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as at_the_end:
+        try:
+            if RANK == 0:
+                import fcntl  # not on Windows
+
+                descriptor = os.open(folder, os.O_RDONLY)
+                at_the_end.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is writing {folder}") from None
+        except (ImportError, OSError) as error:
+            print(f"warning: {folder} cannot be locked ({error}): start no second run in it")
+        yield
+
+
+def open_run(
+    args: argparse.Namespace, data: common.Data, device: torch.device, *scripts: str
+) -> tuple[list[dict], dict]:
+    """Begin the run in --out, or go on with it: its history, and all of its checkpoint.pt; both empty at the start.
+
+    scripts: the file that runs, and those it needs; with copies of them the run can be repeated. Raises InputError
+    where the run was started on other data.
+    """
+    out = Path(args.out)
+    config = {
+        "script": Path(scripts[0]).name,
+        "args": vars(args),
+        "data": data.fingerprint(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "python": sys.version,
+        "device": str(device),
+    }
+    if RANK == 0 and (out / "config.json").exists():
+        begun = json.loads((out / "config.json").read_text())
+        if begun["data"] != config["data"]:
+            raise InputError(f"{out} was started on other data than {args.data_dir} holds now: see its config.json")
+    elif RANK == 0:
+        for script in scripts:
+            save(out / Path(script).name, Path(script).read_bytes())
+        save(out / "config.json", config)
 
     # What the last finished epoch has left
     if not (out / "checkpoint.pt").exists():
@@ -975,12 +1059,16 @@ def costs(history: list[dict]) -> dict:
 
 
 def save_joint(
-    args: argparse.Namespace, data: common.Data, device: torch.device, net: Network | None, history: list[dict]
+    args: argparse.Namespace,
+    data: common.Data,
+    device: torch.device,
+    genotype: Genotype,
+    net: Network | None,
+    history: list[dict],
 ) -> None:
     """Write metrics.jsonl, model.pt, the figures, and at the end result.json. net: None after --search-only."""
     out = Path(args.out)
     save(out / "metrics.jsonl", history)  # the run may have been killed before it could
-    genotype = common.load_genotype(out / "genotype.json")
     image_size = data.train_images.shape[3]
     size = {
         "num_classes": len(data.classes),
@@ -992,7 +1080,7 @@ def save_joint(
 
     # A name for the run. "DARTS + Faster AA" is Table 1's "Ours"
     method = "given genotype" if args.genotype else "DARTS"
-    if args.policy is None:
+    if args.policy == "search":
         method += " + Faster AA"
     elif args.policy != "none":
         method += " + given policy"
@@ -1024,7 +1112,10 @@ def save_joint(
 
     first = torch.arange(min(8, len(data.test_labels)), device=device)[None]
     images, _ = next(common.loader(data.test_images, data.test_labels, first, train=False))
-    draw_joint(out, history, genotype, images.cpu() / 255)
+    try:
+        draw_joint(out, history, genotype, images.cpu() / 255)
+    except Exception as error:  # no fault of a figure loses the result
+        print(f"warning: a figure could not be drawn: {type(error).__name__}: {error}")
     save(out / "result.json", result)
     print(json.dumps(result, indent=1))
 
@@ -1325,7 +1416,7 @@ def sample_pairing(images: Tensor, magnitude: Tensor) -> Tensor:
     return torch.lerp(images, images.roll(-1, 0), 0.4 * per_image(magnitude))
 
 
-# Gradients where there are none (straight-through estimators, Faster AutoAugment)
+# Gradients where there are none: straight-through estimators, Faster AutoAugment's [A: FAA] unless marked
 
 
 def identity_gradient(operation):
@@ -1340,8 +1431,8 @@ def identity_gradient(operation):
 def falling_gradient(operation):
     """The operation, with the derivative -1 of every pixel in the magnitude.
 
-    Faster AutoAugment's code has +1, in Solarize's threshold and in Posterize's number of bits [A]. Both fall where our
-    magnitude rises: hence -1.
+    FAA's code has +1 in Solarize's threshold, which is 1 - our magnitude: so -1 [A: FAA]. It has +1 in Posterize's bits
+    / 8, too, which are 1 - magnitude / 2: that would be -1/2; we take -1 [C].
     """
 
     def with_gradient(images: Tensor, magnitude: Tensor) -> Tensor:
@@ -1359,8 +1450,8 @@ AUGMENTATIONS = {
     "Rotate": rotate,
     "HorizontalFlip": horizontal_flip,
     "Invert": invert,
-    "Solarize": falling_gradient(solarize),
-    "Posterize": falling_gradient(identity_gradient(posterize)),
+    "Solarize": falling_gradient(solarize),  # the image has its own gradient [C: FAA passes none on]
+    "Posterize": falling_gradient(identity_gradient(posterize)),  # and here the identity's [C: FAA passes none on]
     "Contrast": contrast,
     "Color": color,
     "Brightness": brightness,

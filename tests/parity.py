@@ -1,21 +1,28 @@
-"""The public code of DARTS and of ISTA-NAS beside ours: the same weights and images, in float64 on a CPU.
+"""The public code of DARTS, ISTA-NAS and DHA beside ours: the same weights and images, in float64 on a CPU.
 
     git clone https://github.com/quark0/darts
     git clone https://github.com/iboing/ISTA-NAS
-    python tests/parity.py --darts darts --ista ISTA-NAS      # or one of the two; a minute
+    git clone https://github.com/gitkaichenzhou/DHA
+    python tests/parity.py --darts darts --ista ISTA-NAS --dha DHA      # or some of them; a minute
 
 Their files are run as they are, and nothing of them is contained here. Each line gives the largest difference between
 our numbers and theirs, relative to the largest number. Rounding makes 1e-15, and every step of a training multiplies
 it. A line above 1e-9 ends in DIFFERS, and the exit code is 1. Drop-path is off, because it is random.
+
+Of DHA compared are the updates, not the network: with one class of network and the same batches and pairs, its code
+moves the weights, tau, lr and wd with the step sizes of its configuration, and dha.train_step with its default ones.
 """
 
 import argparse
 import contextlib
+import copy
 import hashlib
 import importlib
+import json
 import subprocess
 import sys
 import types
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -33,6 +40,7 @@ import joint_darts_faa as joint
 LIMIT = 1e-9
 SIZE = (4, 10, 5)  # channels, classes, cells
 STEPS = 20  # of SGD
+CONFIGURATION = "cifar100_ista_single_doal.json"  # of DHA's code: the whole method in one stage
 Line = tuple[str, list[Tensor], list[Tensor]]  # of the table: what it is, our numbers, theirs
 
 
@@ -193,7 +201,7 @@ def compare_sparse(their_class: type, prepare) -> Iterator[Line]:
     """
     channels, classes, cells = SIZE
     ours = dha.SparseSupernet(channels, classes, cells, auxiliary=True)
-    theirs = their_class(channels, classes, cells, proj_dims=dha.CODE, auxiliary=True)
+    theirs = their_class(channels, classes, cells, proj_dims=ours.code, auxiliary=True)
     theirs.drop_path_prob = 0.0
     our_layers = layers(ours)
     their_layers = layers(theirs.stem, theirs.cells, theirs.auxiliary_head, theirs.classifier)
@@ -214,7 +222,7 @@ def compare_sparse(their_class: type, prepare) -> Iterator[Line]:
     prepared = []
     for first in (0, dha.NODES):
         nodes = range(first, first + dha.NODES)
-        columns = [len(ours.ops) * ours.states[k] for k in nodes]
+        columns = [len(ours.ops) * ours.state_counts[k] for k in nodes]
         A = [ours.A[k, :, :n] for k, n in zip(nodes, columns)]
         alpha = [ours.alpha[k, :n].numpy() for k, n in zip(nodes, columns)]
         prepared.append(prepare(settings, A, alpha))
@@ -227,7 +235,7 @@ def compare_sparse(their_class: type, prepare) -> Iterator[Line]:
     our_loss = backward(labels, *ours(images))
     their_loss = backward(labels, *theirs(images, all_freeze=False))
     strengths = torch.cat([theirs.alphas_normal, theirs.alphas_reduce])
-    yield "strengths", [ours.strength(k) for k in range(len(ours.b))], [strengths[strengths != 0]]
+    yield "strengths", [ours.strengths(k) for k in range(len(ours.b))], [strengths[strengths != 0]]
     yield "loss", [our_loss], [their_loss]
     yield "gradients of b", gradients(ours.b), gradients(theirs.arch_parameters())
     yield "gradients of the weights", gradients(weights(our_layers)), gradients(weights(their_layers))
@@ -262,6 +270,138 @@ def compare_sparse(their_class: type, prepare) -> Iterator[Line]:
     yield f"logits after {STEPS} steps, in eval mode", *in_eval_mode(ours, theirs, images, True)
 
 
+class TheirUpdates:
+    """Our network, weights, tau and data, moved by DHA's code as its trainer, searchmanager_darts.py, calls it.
+
+    hpo_da: their module. settings: their configuration, with d_lr and h_lr as step sizes of tau and of lr and wd.
+
+    Two accidents of SGD_STEP concern the gradient of wd alone, and are kept out:
+    - The first step makes v a constant, and wd has no gradient. Here v exists and is 0: the same step, with a gradient.
+    - It writes theta+ over theta, of which autograd still needs the old value. Autograd notices nothing, as .data hides
+      the writing, and the gradient of wd becomes -lr g theta+, not -lr g theta. Here autograd saves copies.
+    """
+
+    def __init__(self, hpo_da: types.ModuleType, settings: dict, ours: dha.Learned):
+        self.mean = ours.mean
+        self.std = ours.std
+        self.net = copy.deepcopy(ours.net)
+        self.named_weights = [pair for pair in self.net.named_parameters() if not pair[0].startswith("b.")]
+        self.weights = [weight for _, weight in self.named_weights]
+        self.momentum = settings["train"]["w_momentum"]
+        self.clip = settings["train"]["w_grad_clip"]
+
+        # lr and wd start in the middle of their ranges: these are our defaults
+        self.hpo = hpo_da.HPO_INIT(settings["hpo"], "cpu")
+        self.da = hpo_da.DA_INIT(settings["da"], "cpu")
+        self.lr = self.hpo.learning.module
+        self.wd = self.hpo.weight_decay.module
+        self.tau = self.da.policy_alpha.module
+        self.tau.data.copy_(ours.tau)
+        self.eta_optimizer = their_sgd([self.lr, self.wd], settings["hpo"], "h")
+        self.tau_optimizer = their_sgd([self.tau], settings["da"], "d")
+        for weight in self.weights:
+            self.hpo.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+
+    def losses(self, x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.net(x), labels, reduction="none")
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The counterpart of dha.train_step. Returns the mean loss."""
+        pairs = dha.sample_pairs(self.tau, len(images))
+        x = common.normalize(dha.apply_pairs(images / 255, pairs), self.mean, self.std)
+
+        # Eq. (3). The weights are a function of lr and wd, that of the previous step. (Before the first step they are
+        # not: there is no gradient, and nothing moves.) Their trainer does this at the end of an iteration, with a
+        # batch from a second loader; here it is the next batch, as in ours
+        self.eta_optimizer.zero_grad()
+        self.losses(x, labels).mean().backward()
+        self.eta_optimizer.step()
+        self.hpo.limited()
+        self.hpo.reset_model(self.weights)
+
+        # Eq. (2). Their trainer gives prob_loss minus the losses, as constants
+        losses = self.losses(x, labels)
+        operations = len(self.tau)
+        choices = torch.stack([pairs // operations, pairs % operations], 1)  # (B, 2)
+        one_hot = F.one_hot(choices, operations).mT  # (B, 14, 2)
+        self.tau_optimizer.zero_grad()
+        self.da.prob_loss(-losses.detach(), one_hot).backward()
+        self.tau_optimizer.step()
+
+        # The weights. Both sides clip the gradient here, and neither does in Eq. (3)
+        self.hpo.zero_grad(self.weights)
+        losses.mean().backward()
+        nn.utils.clip_grad_norm_(self.weights, self.clip)
+        with autograd_saves_copies(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its add_(number, tensor) is deprecated
+            self.hpo.SGD_STEP(self.named_weights, self.momentum)
+        return losses.mean()
+
+
+def autograd_saves_copies() -> contextlib.AbstractContextManager:
+    return torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved)
+
+
+def their_sgd(tensors: list[Tensor], settings: dict, prefix: str) -> torch.optim.SGD:
+    """SGD as their trainer makes it, with <prefix>_lr and so on."""
+    return torch.optim.SGD(
+        tensors,
+        settings[f"{prefix}_lr"],
+        momentum=settings[f"{prefix}_momentum"],
+        nesterov=settings[f"{prefix}_nesterov"],
+        weight_decay=settings[f"{prefix}_weight_decay"],
+    )
+
+
+def with_step_sizes(settings: dict, tau_lr: float, beta: float) -> dict:
+    """Their configuration, with these step sizes of tau, and of lr and wd."""
+    da = {**settings["da"], "d_lr": tau_lr}
+    hpo = {**settings["hpo"], "h_lr": beta}
+    return {**settings, "da": da, "hpo": hpo}
+
+
+def compare_updates(hpo_da: types.ModuleType, settings: dict, searching: bool, *flags: str) -> Iterator[Line]:
+    """Steps of dha.train_step. flags: of ours, whose step sizes and ranges are the default ones otherwise.
+
+    While searching, b stands still: their file does not contain its update.
+    """
+    channels, classes, cells = SIZE
+    sizes = ["--channels", str(channels), "--layers", str(cells), "--auxiliary-weight", "0", "--cutout", "0"]
+    of_b = ["--b-scale", "0.1", "--arch-lr", "0"]
+    args = dha.parse_args(["--updates", "printed", "--out", "nothing", *sizes, *of_b, *flags])
+    images = torch.randint(256, (STEPS, 8, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.randint(classes, (STEPS, 8))
+    names = [str(n) for n in range(classes)]
+    data = common.Data(images.flatten(0, 1), labels.flatten(), images[0], labels[0], names)
+    support = None if searching else dha.to_support(common.GENOTYPES["DARTS_V2"])
+    ours = dha.Learned(args, data, torch.device("cpu"), support)
+    nn.init.normal_(ours.tau)
+    theirs = TheirUpdates(hpo_da, settings, ours)
+
+    # One seed per step: from the same tau both sides draw the same pairs and magnitudes
+    our_numbers = []
+    their_numbers = []
+    for step in range(STEPS):
+        torch.manual_seed(step)
+        our_loss, _ = dha.train_step(ours, images[step], labels[step], args)
+        our_numbers.append(torch.stack([our_loss, ours.eta.lr, ours.eta.wd]))
+        torch.manual_seed(step)
+        their_loss = theirs.step(images[step], labels[step])
+        their_numbers.append(torch.stack([their_loss, theirs.lr, theirs.wd]).detach())
+
+    our_losses, our_lr, our_wd = torch.stack(our_numbers).T  # (STEPS,) each
+    their_losses, their_lr, their_wd = torch.stack(their_numbers).T
+    yield f"losses of {STEPS} steps", [our_losses], [their_losses]
+    yield "weights after them", ours.theta, theirs.weights
+    yield "tau after them", [ours.tau], [theirs.tau]
+    yield f"lr, which moved by {spread(their_lr):.0e}", [our_lr], [their_lr]
+    yield f"wd, which moved by {spread(their_wd):.0e}", [our_wd], [their_wd]
+
+
+def spread(numbers: Tensor) -> float:
+    return float(numbers.max() - numbers.min())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,6 +417,12 @@ def darts_folder(path: str) -> Path:
 def ista_folder(path: str) -> Path:
     if not Path(path, "ista_nas_single", "trainer.py").exists():
         raise argparse.ArgumentTypeError(f"{path} is no checkout of iboing/ISTA-NAS: it has no ista_nas_single")
+    return Path(path).resolve()
+
+
+def dha_folder(path: str) -> Path:
+    if not Path(path, "model", "hpo_da.py").exists() or not list(Path(path).rglob(CONFIGURATION)):
+        raise argparse.ArgumentTypeError(f"{path} is no checkout of gitkaichenzhou/DHA with its {CONFIGURATION}")
     return Path(path).resolve()
 
 
@@ -304,9 +450,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--darts", type=darts_folder, metavar="PATH", help="checkout of quark0/darts, or its cnn")
     parser.add_argument("--ista", type=ista_folder, metavar="PATH", help="checkout of iboing/ISTA-NAS")
+    parser.add_argument("--dha", type=dha_folder, metavar="PATH", help="checkout of gitkaichenzhou/DHA")
     args = parser.parse_args()
-    if not (args.darts or args.ista):
-        parser.error("give --darts or --ista, or both")
+    if not (args.darts or args.ista or args.dha):
+        parser.error("give --darts, --ista or --dha, or several")
 
     print("torch", torch.__version__)
     tables = {}
@@ -322,6 +469,16 @@ def main() -> None:
         names = ("ista_nas_single.search.models.model_search", "ista_nas_single.trainer")
         search, trainer = import_from(args.ista, *names)
         tables["ISTA-NAS"] = compare_sparse(search.NetWork, trainer.Trainer.sample_and_proj)
+    if args.dha:
+        print("gitkaichenzhou/DHA", version(args.dha))
+        print("    without its two accidents in the gradient of wd: see TheirUpdates in this file")
+        (hpo_da,) = import_from(args.dha, "model.hpo_da")
+        settings = json.loads(next(args.dha.rglob(CONFIGURATION)).read_text())
+        afterwards = with_step_sizes(settings, settings["da"]["d_lr_tune"], settings["hpo"]["h_lr_tune"])
+        larger = with_step_sizes(settings, 5.0, 1e-3)
+        tables["DHA, search"] = compare_updates(hpo_da, settings, True)
+        tables["DHA, afterwards"] = compare_updates(hpo_da, afterwards, False)
+        tables["DHA, larger steps"] = compare_updates(hpo_da, larger, False, "--tau-lr", "5", "--beta", "1e-3")
 
     differs = False
     with float64_on_cpu():

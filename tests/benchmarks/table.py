@@ -2,6 +2,7 @@
 
     python tests/benchmarks/table.py dha --data-dir cifar10_jpeg    # or another of TABLES; goes on where it stopped
     python tests/benchmarks/table.py dha                            # prints the table from tests/results/dha.jsonl
+    python tests/benchmarks/table.py pages                          # writes all kept tables into the pages
 
 Starts every run that tests/results/<table>.jsonl does not hold, and goes on with those that were stopped. A run that
 ends adds its line. --jobs runs at once share the cores. --dataset folder is CIFAR-10 as train/<class>/* and
@@ -29,6 +30,7 @@ RESULTS = ROOT / "tests" / "results"
 sys.path.insert(0, str(ROOT))
 import common
 import dha
+import figure2
 import joint_darts_faa
 
 # Small networks. While it trains a run looks at 100 test images; all of them judge its network at the end
@@ -75,7 +77,7 @@ TABLES = {  # table: row: command. SEED and OUT are filled in
         "Sequential DHA": f"baseline_sequential.py --method dha {REDUCED} --train-epochs 80 {REDUCED_BETA}",
     },
     "beta-printed": {  # times the authors' 1e-8 and 1e-6. 156 is 374,400 steps over 2,400
-        f"{times} times": f"dha.py {SEARCHED} --beta {times * 1e-8:g} {times * 1e-6:g}" for times in (156, 16, 5, 3)
+        f"{times} times": f"dha.py {SEARCHED} --beta {times * 1e-8:g} {times * 1e-6:g}" for times in (156, 80, 40, 16)
     },
     "beta": {f"beta {beta}": f"dha.py {SEARCHED} {FREE} 0.02 --beta {beta}" for beta in (5, 10, 15, 20)},
     "length": {  # T, the steps of a run; the last has 2,000 images
@@ -109,6 +111,17 @@ REFERENCES = {
     "joint": ["DARTS", "Faster AA, then DARTS", "jointly"],
 }
 WRITING = Lock()
+
+PAGES = [ROOT / "README.md", RESULTS / "README.md"]
+MARKED = re.compile(r"(<!-- ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)  # a table's place on a page
+FRONT = {  # table: whose it is, the reference and the rows that the front page shows
+    "dha": (
+        "Zhou et al.",
+        "One-Stage ISTA",
+        ["random pairs", "DHA without HPO", "DHA, scale-free", "Sequential DHA", "DHA", "One-Stage ISTA"],
+    ),
+    "joint": ("Kashima et al.", "DARTS", ["DARTS", "Faster AA, then DARTS", "jointly"]),
+}
 
 
 def prepare(out: Path, seed: int) -> None:
@@ -198,9 +211,8 @@ def run(name: str, row: str, seed: int, mine: argparse.Namespace, before: list[F
         raise SystemExit(f"{row}, seed {seed} ended with {code}: see {out}.log")
 
     # Its network judged on all test images, and on its training images as they are
-    load = joint_darts_faa.load_network
-    if (ROOT / out / "dha.py").exists() or (ROOT / out / "search").exists():
-        load = dha.load_model
+    of_dha = command.startswith("dha.py") or "--method dha" in command
+    load = dha.load_model if of_dha else joint_darts_faa.load_network
     net, info = load(ROOT / out / "model.pt")
     about = json.loads((ROOT / out / "config.json").read_text())
     limit = int(re.findall(r"--limit-train (\d+)", command)[-1])
@@ -317,6 +329,32 @@ def table_of_policies() -> str:
     return "\n".join(lines)
 
 
+def front() -> str:
+    """The front page's tables, one below the other: a few rows of both papers' tables."""
+    lines = []
+    for name, (paper, reference, rows) in FRONT.items():
+        lines += [f"| {paper} | seeds | test (%) | minus {reference} |", "| --- | --- | --- | --- |"]
+        kept = [row for row in rows if kept_results(name, row)]
+        for row in kept:
+            results = list(kept_results(name, row).values())
+            lines.append(f"| {row} | {len(results)} | {spread(results)} | {difference(name, row, reference)} |")
+        lines += [] if kept else ["| (no line is kept) |  |  |  |"]
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def marked(name: str) -> str:
+    """What stands on a page between <!-- name --> and <!-- end -->."""
+    others = {"front": front, "policies": table_of_policies, "figure2": figure2.table}
+    text = others[name]() if name in others else table(name)
+    return text if len(text.splitlines()) > 2 else "(no line is kept)"
+
+
+def with_tables(text: str) -> str:
+    """A page with its tables written anew."""
+    return MARKED.sub(lambda found: f"{found[1]}{marked(found[2])}\n{found[3]}", text)
+
+
 def draw_rates(name: str) -> None:
     """tests/results/<name>.png: lr over the share of the run that is done, a curve per row, of its first seed."""
     from matplotlib.figure import Figure
@@ -334,7 +372,7 @@ def draw_rates(name: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("table", choices=[*TABLES, "pages"])
     parser.add_argument("--data-dir", help="where the data set is; None: start nothing, print what is kept")
     parser.add_argument("--dataset", default="folder", choices=["folder", "cifar10"])
     parser.add_argument("--out", type=Path, default=Path("runs/table"), help="run directories")
@@ -343,6 +381,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, which share the cores")
     parser.add_argument("--gpu", type=int, default=0 if torch.cuda.is_available() else -1, help="-1 is the CPU")
     mine = parser.parse_args()
+    if mine.table == "pages":
+        for page in PAGES:
+            page.write_text(with_tables(page.read_text()))
+        return
     if mine.dataset == "cifar10":
         mine.table += "-cifar10"
     if mine.data_dir:
