@@ -32,6 +32,7 @@ fasteraa. [C] our choice, where neither says or we depart from both.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -59,7 +60,8 @@ from common import InputError
 from joint_darts_faa import AUGMENTATIONS, QUIET, RANK, WORLD, Policy, at_least, average_gradients
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One after the other. stage(folder, script, flags ...) runs a script in a folder of --out, and returns the folder
+# One after the other. stage(folder, script, flags ..., name=file) runs `script flags --name file` in a folder of --out,
+# and returns the folder
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -67,19 +69,19 @@ def faa_then_darts(stage: "Stages") -> None:
     """A policy, for a small network of its own; cells, searched without the policy [P]; training of both together."""
     policy = stage("policy", FASTER_AA) / "policy.json"
     genotype = stage("search", JOINT, "--policy", "none", "--search-only") / "genotype.json"
-    stage("train", JOINT, "--genotype", genotype, "--policy", policy)
+    stage("train", JOINT, genotype=genotype, policy=policy)
 
 
 def darts(stage: "Stages") -> None:
     """Cells, then their training, without a policy."""
     genotype = stage("search", JOINT, "--policy", "none", "--search-only") / "genotype.json"
-    stage("train", JOINT, "--genotype", genotype, "--policy", "none")
+    stage("train", JOINT, "--policy", "none", genotype=genotype)
 
 
 def nas_then_train(stage: "Stages") -> None:
     """Cells alone; then their training from scratch, which learns policy, lr and wd."""
     genotype = stage("search", DHA, "--no-da", "--no-hpo", "--train-epochs", "0") / "genotype.json"
-    stage("train", DHA, "--genotype", genotype)
+    stage("train", DHA, genotype=genotype)
 
 
 BASELINES = {"faa-darts": faa_then_darts, "darts": darts, "dha": nas_then_train}
@@ -281,13 +283,9 @@ def prepare_faa(args: argparse.Namespace, device: torch.device) -> common.Data:
 def run_faa(args: argparse.Namespace, device: torch.device) -> None:
     """Faster AutoAugment; the run directory --out holds all that comes out, policy.json above all."""
     out = Path(args.out)
-    if (out / "result.json").exists():
-        print(f"{out} is finished already")
-        return
-
     data = prepare_faa(args, device)
     with joint_darts_faa.locked(out):
-        history, checkpoint = open_own_run(args, data, device)
+        history, checkpoint = joint_darts_faa.open_run(args, data, device, *FASTER_AA.files)
         print(f"{args.dataset}: {data.describe()}")
         policy = search_policy(args, data, device, history, checkpoint.get("search"))
         if RANK == 0:
@@ -374,16 +372,19 @@ def draw_search(out: Path, history: list[dict]) -> None:
 class Script(NamedTuple):
     """What a stage needs of a script."""
 
-    file: str
+    files: tuple[str, ...]  # the script, and what it imports
     parse_args: Callable  # (argv) -> flags
     prepare: Callable  # (flags, device) -> data; raises InputError where they do not fit
-    run: Callable  # (flags, device); a finished run returns at once, one that was stopped goes on
+    run: Callable  # (flags, device); goes on where it was stopped
 
 
 JOINT = Script(
-    joint_darts_faa.__file__, joint_darts_faa.parse_args, joint_darts_faa.prepare_joint, joint_darts_faa.run_joint
+    (joint_darts_faa.__file__, common.__file__),
+    joint_darts_faa.parse_args,
+    joint_darts_faa.prepare_joint,
+    joint_darts_faa.run_joint,
 )
-DHA = Script(dha.__file__, dha.parse_args, dha.prepare_dha, dha.run_dha)
+DHA = Script((dha.__file__, common.__file__), dha.parse_args, dha.prepare_dha, dha.run_dha)
 
 
 class Stages:
@@ -396,39 +397,39 @@ class Stages:
         self.argv = argv
         self.args = args
         self.device = device
-        self.flags = {}  # of each stage, by its folder
-        self.scripts = {}
-        self.data = None
+        self.checked = {}  # {folder: (script, flags)}; flags: None if the stage is finished
 
-    def __call__(self, name: str, script: Script, *handed: str | Path) -> Path:
-        folder = Path(self.args.out) / name
-        if name in self.flags:
-            print(f"\n{folder}")
-            self.copy_files(folder, handed)
-            script.run(self.flags[name], self.device)
-            return folder
+    def __call__(self, folder: str, script: Script, *own_flags: str, **files: Path) -> Path:
+        out = Path(self.args.out) / folder
+        if folder not in self.checked:
+            self.checked[folder] = (script, self.check(out, script, own_flags, files))
+            return out
 
-        # A stage that --resume goes on with has all its flags in its folder, the handed ones too
+        _, flags = self.checked[folder]
+        if flags:
+            # A run reads the copy in its own folder
+            for file in files.values():
+                if RANK == 0:
+                    shutil.copyfile(file, out / file.name)
+            print(f"\n{out}")
+            script.run(flags, self.device)
+        return out
+
+    def check(self, out: Path, script: Script, own_flags: tuple, files: dict) -> argparse.Namespace | None:
+        """The flags of a stage, or None if it is finished. Raises InputError where the data do not fit them."""
+        begun = self.args.resume and (out / "config.json").exists()
+        if begun and (out / "result.json").exists():
+            return None
+
         argv = self.argv if script is FASTER_AA else without_own_flags(self.argv)
-        if not (self.args.resume and (folder / "config.json").exists()):
-            argv = [*argv, *map(str, handed)]
-        self.flags[name] = script.parse_args([*argv, "--out", str(folder)])
-        self.scripts[name] = script
-        self.data = script.prepare(self.flags[name], self.device)
-        return folder
-
-    def copy_files(self, folder: Path, handed: tuple) -> None:
-        """Hand over the files: a run reads the copy in its own folder."""
-        for file in handed:
-            if isinstance(file, Path) and RANK == 0:
-                shutil.copyfile(file, folder / file.name)
-
-    def open(self) -> None:
-        """Make the folders, each with the flags of its stage: then resuming the baseline is resuming its stages."""
-        for name, flags in self.flags.items():
-            if RANK == 0:
-                Path(flags.out).mkdir(exist_ok=True)
-            joint_darts_faa.open_run(flags, self.data, self.device, self.scripts[name].file, common.__file__)
+        argv = [*argv, *own_flags, "--out", str(out)]
+        if not begun:  # else they are copied already, and --out may have been moved since
+            for name, file in files.items():
+                argv += [f"--{name}", str(file)]
+        with contextlib.redirect_stdout(None):  # no notes: a flag that one stage does not use is for another
+            flags = script.parse_args(argv)
+        script.prepare(flags, self.device)
+        return flags
 
 
 def run_baseline(argv: list[str], args: argparse.Namespace, device: torch.device) -> None:
@@ -438,21 +439,21 @@ def run_baseline(argv: list[str], args: argparse.Namespace, device: torch.device
         print(f"{out} is finished already:", (out / "result.json").read_text())
         return
 
+    data = joint_darts_faa.load_data(args, device)
     baseline = BASELINES[args.method]
     stage = Stages(argv, args, device)
-    baseline(stage)  # only checks flags and data, and writes nothing
+    baseline(stage)  # checks flags and data, and writes nothing
     with joint_darts_faa.locked(out):
-        stage.open()
-        open_own_run(args, stage.data, device)
-        baseline(stage)
+        # Every stage gets its folder, with its flags: then to resume the baseline is to resume its stages
+        for name, (script, flags) in stage.checked.items():
+            if flags:
+                with joint_darts_faa.locked(out / name):
+                    joint_darts_faa.open_run(flags, data, device, *script.files)
+        joint_darts_faa.open_run(args, data, device, *FASTER_AA.files)
+
+        baseline(stage)  # runs what is not finished
         if RANK == 0:
-            save_baseline(args, list(stage.flags))
-
-
-def open_own_run(args: argparse.Namespace, data: common.Data, device: torch.device) -> tuple[list[dict], dict]:
-    """open_run of this script, which keeps copies of all scripts."""
-    scripts = (__file__, common.__file__, dha.__file__, joint_darts_faa.__file__)
-    return joint_darts_faa.open_run(args, data, device, *scripts)
+            save_baseline(args, list(stage.checked))
 
 
 def save_baseline(args: argparse.Namespace, folders: list[str]) -> None:
@@ -549,7 +550,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     """The flags of a baseline, and of its policy search. Flags for the other scripts are ignored here."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s --method METHOD [flags, also of the scripts that it runs]",
-        description=__doc__.split("\n")[0] + " [P] paper, [A] public code, [C] our choice.",
+        description=__doc__.split("\n")[0] + " Values are the paper's [P], public code's [A] or ours [C].",
         epilog="All other flags go to joint_darts_faa.py (faa-darts, darts) or dha.py (dha): see their --help.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
@@ -564,7 +565,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     first_look = argparse.ArgumentParser(usage=parser.usage, add_help=False, allow_abbrev=False)
     first_look.add_argument("--preset", default="paper")
     preset = first_look.parse_known_args(argv)[0].preset
-    parser.set_defaults(**PRESETS.get(preset, {}))
+    joint_darts_faa.replace_defaults(parser, PRESETS.get(preset, {}), f"preset {preset}")
     args, _ = parser.parse_known_args(argv)
     if args.compare:
         return args
@@ -583,7 +584,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         flags = [action.option_strings[0] for action in own._actions if action.dest not in ("method", "compare")]
         joint_darts_faa.note_unused(argv, flags, f"--method {args.method}")
     if args.amp and args.gpu < 0:
-        args.amp = False  # the other scripts say so
+        print("note: --amp is for a GPU: it is switched off")
+        args.amp = False
     return args
 
 
@@ -604,7 +606,7 @@ def add_own_flags(parser: argparse.ArgumentParser) -> None:
     add("--class-weight", type=at_least(0.0), default=0.1, help="weight of the classification losses [A]")
     add("--critic-weight", type=at_least(0.0), default=1.0, help="weight of the critic's losses, with penalty [A: 1]")
     add("--penalty", type=at_least(0.0), default=10.0, help="lambda of WGAN-GP, weight of the gradient penalty [A]")
-    add("--penalty-norm", choices=["pixel", "image"], default="pixel", help="one norm per pixel [A] or per image")
+    add("--penalty-norm", choices=["pixel", "image"], default="pixel", help="one norm per image, or per pixel [A]")
     add("--depth", type=at_least(10), default=40, help="layers of the WideResNet, 6 n + 4 [P]")
     add("--width", type=at_least(1), default=2, help="its width [P]")
 
@@ -616,7 +618,8 @@ def without_own_flags(argv: list[str]) -> list[str]:
     return own.parse_known_args(argv)[1]
 
 
-FASTER_AA = Script(__file__, parse_args, prepare_faa, run_faa)
+ALL_FILES = (__file__, common.__file__, dha.__file__, joint_darts_faa.__file__)
+FASTER_AA = Script(ALL_FILES, parse_args, prepare_faa, run_faa)
 
 
 def main(argv: list[str]) -> None:

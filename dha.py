@@ -51,6 +51,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -211,7 +212,7 @@ class Eta:
         self.printed = updates == "printed"
         self.steps = steps
         self.ranges = torch.tensor([lr_range, wd_range], device=device)
-        self.values = torch.tensor([lr, wd], device=device)  # a tensor: no step waits for the GPU
+        self.values = torch.tensor([lr, wd], device=device)  # or their logarithms. A tensor: no step waits for the GPU
         if self.printed:
             self.optimizer = torch.optim.SGD([self.values], momentum=0.9, nesterov=True, weight_decay=5e-4)  # [A]
         else:
@@ -253,8 +254,8 @@ class Eta:
 # ---------------------------------------------------------------------------------------------------------------------
 # Architecture (section 2.3). A node of a cell adds up two operations, each of which reads a state: an input of the cell
 # or an earlier node. A candidate is an operation on a state: 7 operations on up to 5 states are up to 35 entries of
-# alpha, of which two will be kept. b has 7 numbers. Sparse coding: of all alphas with A alpha = b, the one with
-# the smallest sum of absolute values nearly always has no more non-zeros than b has numbers.
+# alpha, of which two will be kept. b has 7 numbers. Sparse coding: of all alphas with A alpha = b, the one with the
+# smallest sum of absolute values nearly always has no more non-zeros than b has numbers.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -785,9 +786,10 @@ def train_step(s: Learned, images: Tensor, labels: Tensor, args: argparse.Namesp
         parameter.grad = None
     losses.mean().backward()
     if not args.no_da:
-        loss_DA = policy_loss(s.tau, pairs, losses, args.updates, mean_of_batch(losses))
-        if args.updates == "scale-free":
-            loss_DA = WORLD * loss_DA  # a sum over the batch; average_gradients makes it a mean over the processes
+        if args.updates == "printed":
+            loss_DA = policy_loss(s.tau, pairs, losses)
+        else:  # a sum over the batch, of which average_gradients would make a mean over the processes
+            loss_DA = WORLD * policy_loss(s.tau, pairs, losses, args.updates, mean_of_batch(losses))
         loss_DA.backward()
     ran = [weight for weight in s.theta if weight.grad is not None]
     average_gradients([*ran, *s.net.b, s.tau])
@@ -1002,16 +1004,15 @@ STEP_SIZES = {  # of the two --updates
 }
 PRESETS = {
     "paper": {},  # the defaults of the flags: CIFAR-10
-    "scale-free": dict(updates="scale-free", **STEP_SIZES["scale-free"]),  # the paper's sizes [C]
+    "scale-free": dict(updates="scale-free"),  # the paper's sizes [C]
     "quick": dict(  # [C]
         dataset="shapes", search_epochs=3, train_epochs=4, batch_size=64, channels=8, layers=3, lr=0.05,
-        arch_lr=3e-3, b_scale=0.1, drop_path=0.0, auxiliary_weight=0.0, cutout=0,
-        updates="scale-free", **{**STEP_SIZES["scale-free"], "tau_lr": [0.04]},
+        arch_lr=3e-3, b_scale=0.1, drop_path=0.0, auxiliary_weight=0.0, cutout=0, updates="scale-free", tau_lr=[0.04],
     ),
-    "imagenet": dict(  # [A: DARTS; its warm-up ISTA-NAS; the updates [C]]
+    "imagenet": dict(  # [A: DARTS; its warm-up ISTA-NAS; the updates and wd_range C]
         dataset="imagenet", train_epochs=250, batch_size=128, channels=48, layers=14, lr=0.1, weight_decay=3e-5,
         warmup_epochs=5, label_smoothing=0.1, drop_path=0.0, cutout=0, max_params=0, max_flops=600_000_000,
-        updates="scale-free", **{**STEP_SIZES["scale-free"], "wd_range": [1e-5, 1e-2]},
+        updates="scale-free", wd_range=[1e-5, 1e-2],
     ),
 }  # fmt: skip
 MOBILENET = dict(channels=32, layers=21, auxiliary_weight=0.0, drop_path=0.0, max_params=0)  # ProxylessNAS' size
@@ -1019,7 +1020,7 @@ MOBILENET_QUICK = dict(channels=8, layers=11, search_epochs=2, train_epochs=6, b
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    summary = __doc__.split("\n")[0] + " [P] paper, [A] public code, [C] our choice."
+    summary = __doc__.split("\n")[0] + " Values are the paper's [P], public code's [A] or ours [C]."
     parser = argparse.ArgumentParser(
         usage="%(prog)s [flags]",
         description=summary,
@@ -1038,8 +1039,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--lr", type=at_least(0.0), default=0.0255, help="learning rate of theta at the start [A]")
     add("--weight-decay", type=at_least(0.0), default=3e-4, help="weight decay at the start [A]")
     add("--auxiliary-weight", type=at_least(0.0), default=0.4, help="weight of the auxiliary head's loss [A: DARTS]")
-    add("--label-smoothing", type=at_least(0.0, 1.0), default=0.0, help="share of a label that all classes get alike")
-    add("--warmup-epochs", type=at_least(0), default=0, help="epochs in which lr rises to --lr, linearly")
+    add(
+        "--label-smoothing",
+        type=at_least(0.0, 1.0),
+        default=0.0,
+        help="share of a label for all classes alike [A: DARTS]",
+    )
+    add("--warmup-epochs", type=at_least(0), default=0, help="epochs in which lr rises to --lr [A: DARTS]")
     add("--drop-path", type=at_least(0.0, 1.0), default=0.2, help="probability at the end of training [A: DARTS]")
     add("--cutout", type=at_least(0), default=16, help="side of the square, in pixels [A: DARTS]")
 
@@ -1054,9 +1060,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--genotype", type=os.path.expanduser, help=f"no search: {', '.join(common.GENOTYPES)}, or a file")
     add("--arch-lr", type=at_least(0.0), default=3e-4, help="Adam's learning rate for b [A: ISTA-NAS]")
     add("--b-scale", type=at_least(0.0), default=1e-3, help="standard deviation of b at the start [A: ISTA-NAS]")
-    add("--space", choices=["cells", "mobilenet"], default="cells", help="DARTS' cells, or ProxylessNAS' layers")
-    add("--max-params", type=at_least(0), default=3_700_000, help="Eq. (1): most parameters; 0: any number [A]")
-    add("--max-flops", type=at_least(0), default=0, help="Eq. (1): most multiply-adds per image; 0: any number")
+    add("--space", choices=["cells", "mobilenet"], default="cells", help="DARTS' cells, or ProxylessNAS' layers [P]")
+    add("--max-params", type=at_least(0), default=3_700_000, help="Eq. (1): most parameters; 0: any [A]")
+    add("--max-flops", type=at_least(0), default=0, help="Eq. (1): most multiply-adds per image; 0: any [C]")
 
     # The preset replaces defaults, which --help then shows; flags that are given win
     first_look = argparse.ArgumentParser(usage=parser.usage, add_help=False, allow_abbrev=False)
@@ -1065,14 +1071,16 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     first_look.add_argument("--updates")
     given = first_look.parse_known_args(argv)[0]
     preset = PRESETS.get(given.preset, {})
-    parser.set_defaults(**preset)
     updates = given.updates or preset.get("updates", "printed")
-    if updates in STEP_SIZES and updates != preset.get("updates"):  # those of a preset are for its own updates
-        parser.set_defaults(**STEP_SIZES[updates])
+    step_sizes = STEP_SIZES.get(updates, {})
+    if updates != preset.get("updates"):  # a preset's own step sizes are for its own updates
+        preset = {name: value for name, value in preset.items() if name not in step_sizes}
+    replace_defaults(parser, step_sizes, "A" if updates == "printed" else "C")
+    replace_defaults(parser, preset, f"preset {given.preset}")
     if given.space == "mobilenet":
-        parser.set_defaults(**MOBILENET)
+        replace_defaults(parser, MOBILENET, "A: ProxylessNAS")
         if given.preset == "quick":
-            parser.set_defaults(**MOBILENET_QUICK)
+            replace_defaults(parser, MOBILENET_QUICK, "preset quick")
 
     args = resume_flags(parser, argv, parser.parse_args(argv), __file__)
 
@@ -1103,8 +1111,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def add_run_flags(parser: argparse.ArgumentParser, presets: list[str]) -> None:
     """The flags that say what to run, and on what."""
-    add = parser.add_argument_group("what to run, on what").add_argument
-    add("--preset", choices=presets, default="paper", help="sets the flags that are not given")
+    add = parser.add_argument_group("what to run, on what (nothing of the method: no marks)").add_argument
+    add("--preset", choices=presets, default="paper", help="sets other flags: quick [C], imagenet [A: DARTS]")
     add("--dataset", choices=common.DATASETS, default="cifar10", help="data set")
     add("--data-dir", type=os.path.expanduser, default="data", help="where data sets are, or are downloaded to")
     add("--image-size", type=at_least(8), help="scale to this side; None: 224 for photographs, else as they are")
@@ -1117,6 +1125,14 @@ def add_run_flags(parser: argparse.ArgumentParser, presets: list[str]) -> None:
     add("--compile", action="store_true", help="torch.compile the network that is trained; takes minutes to begin")
     add("--out", type=os.path.expanduser, help="run directory; None: runs/<script>-<dataset>-seed<seed>")
     add("--resume", action="store_true", help="go on with the run in --out, if there is one")
+
+
+def replace_defaults(parser: argparse.ArgumentParser, values: dict, mark: str) -> None:
+    """Change the defaults of flags, and the marks at the end of their help."""
+    parser.set_defaults(**values)
+    for action in parser._actions:
+        if action.dest in values:
+            action.help = re.sub(r" \[[^]]*\]$", "", action.help) + f" [{mark}]"
 
 
 def at_least(low: float, below: float = math.inf):

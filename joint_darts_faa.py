@@ -43,6 +43,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -497,7 +498,8 @@ def prepare_joint(args: argparse.Namespace, device: torch.device) -> common.Data
     count = len(data.train_images)
     if not (args.genotype and args.policy != "search"):
         searched = min(args.search_images or count, count)
-        common.check_batch(searched // 2, args.search_batch_size, WORLD)
+        for half in (searched // 2, searched - searched // 2):
+            common.check_batch(half, args.search_batch_size, WORLD)
     if not args.search_only:
         common.check_batch(count, args.batch_size, WORLD)
         if args.cutout >= 2 * data.train_images.shape[3]:
@@ -728,7 +730,7 @@ PRESETS = {
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    summary = __doc__.split("\n")[0] + " [P] paper, [A] public code, [C] our choice."
+    summary = __doc__.split("\n")[0] + " Values are the paper's [P], public code's [A] or ours [C]."
     parser = argparse.ArgumentParser(
         usage="%(prog)s [flags]",
         description=summary,
@@ -741,7 +743,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument_group("search").add_argument
     add("--search-epochs", type=at_least(1), default=50, help="epochs of search; the paper has 50 and 25 [P]")
     add("--search-batch-size", type=at_least(2), default=64, help="images per batch of the search [A: DARTS]")
-    add("--search-images", type=at_least(4), help="search on so many of the training images; None: on all")
+    add("--search-images", type=at_least(4), help="search on so many training images; None: all [A: DARTS]")
     add("--search-channels", type=at_least(2), default=16, help="channels of the supernet, even [A: DARTS]")
     add("--search-layers", type=at_least(3), default=8, help="cells of the supernet [A: DARTS]")
     add("--search-only", action="store_true", help="stop after the search, with what it found")
@@ -767,7 +769,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     first_look = argparse.ArgumentParser(usage=parser.usage, add_help=False, allow_abbrev=False)
     first_look.add_argument("--preset", default="paper")
     preset = first_look.parse_known_args(argv)[0].preset
-    parser.set_defaults(**PRESETS.get(preset, {}))
+    replace_defaults(parser, PRESETS.get(preset, {}), f"preset {preset}")
 
     args = resume_flags(parser, argv, parser.parse_args(argv), __file__)
 
@@ -791,8 +793,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def add_run_flags(parser: argparse.ArgumentParser, presets: list[str]) -> None:
     """The flags that say what to run, and on what."""
-    add = parser.add_argument_group("what to run, on what").add_argument
-    add("--preset", choices=presets, default="paper", help="sets the flags that are not given")
+    add = parser.add_argument_group("what to run, on what (nothing of the method: no marks)").add_argument
+    add("--preset", choices=presets, default="paper", help="sets other flags: quick [C], imagenet [A: DARTS]")
     add("--dataset", choices=common.DATASETS, default="cifar10", help="data set")
     add("--data-dir", type=os.path.expanduser, default="data", help="where data sets are, or are downloaded to")
     add("--image-size", type=at_least(8), help="scale to this side; None: 224 for photographs, else as they are")
@@ -805,6 +807,14 @@ def add_run_flags(parser: argparse.ArgumentParser, presets: list[str]) -> None:
     add("--compile", action="store_true", help="torch.compile the network that is trained; takes minutes to begin")
     add("--out", type=os.path.expanduser, help="run directory; None: runs/<script>-<dataset>-seed<seed>")
     add("--resume", action="store_true", help="go on with the run in --out, if there is one")
+
+
+def replace_defaults(parser: argparse.ArgumentParser, values: dict, mark: str) -> None:
+    """Change the defaults of flags, and the marks at the end of their help."""
+    parser.set_defaults(**values)
+    for action in parser._actions:
+        if action.dest in values:
+            action.help = re.sub(r" \[[^]]*\]$", "", action.help) + f" [{mark}]"
 
 
 def at_least(low: float, below: float = math.inf):

@@ -1,5 +1,6 @@
-"""Paths, markers, and what test_runs.py needs: the three scripts with flags for runs of seconds."""
+"""What all tests share: paths, markers, and runs of seconds of the three scripts, with what they leave."""
 
+import json
 import os
 import re
 import shutil
@@ -13,16 +14,18 @@ from typing import NamedTuple
 import matplotlib.figure
 import pytest
 import torch
-import torchvision
-from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-torch.set_num_threads(2)
 
 import baseline_sequential  # noqa: E402, after the path
 import common  # noqa: E402
 import dha  # noqa: E402
 import joint_darts_faa  # noqa: E402
+
+torch.set_num_threads(2)
+
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def pytest_configure(config):
@@ -33,13 +36,19 @@ def pytest_configure(config):
         config.option.markexpr = "not slow"
 
 
-needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
 @pytest.fixture(autouse=True)
 def in_its_own_folder(tmp_path, monkeypatch):
     """No test reads what lies where pytest was started, or writes there."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def one_thread():
+    """For tiny networks: two threads beside other programs take 40 times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -55,6 +64,9 @@ def exact(monkeypatch):
     torch.set_default_dtype(torch.float64)
     yield {"rtol": 1e-6, "atol": 1e-9}
     torch.set_default_dtype(torch.float32)
+
+
+# -------- Short runs ------------------------------------------------------------------------------------------------
 
 
 def call(module: ModuleType, *flags) -> int:
@@ -73,62 +85,72 @@ class Script(NamedTuple):
     name: str
     module: ModuleType
     short: list[str]  # flags of a short run
-    least: list[str]  # after these: of the shortest
-    parts: list[str]  # folders of a baseline's parts
+    folders: list[str]  # of a baseline's stages
     phases: list[str]  # of all epochs
-    files: list[str]  # that a short run leaves, beside those that all leave
 
     def run(self, *flags) -> int:
         return call(self.module, *self.short, *flags)
 
-    def process(self, *flags, launch: str = "", **options) -> subprocess.Popen:
+    def process(self, *flags, launch: str = "") -> subprocess.Popen:
         """The run in a process and a process group of its own, on one thread."""
         command = [sys.executable, *launch.split(), self.module.__file__, *self.short, *map(str, flags)]
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **options}
-        env = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
-        return subprocess.Popen(command, env=env, start_new_session=True, **options)
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, env=env, start_new_session=True, **pipes)
 
 
-TINY = "--preset quick --gpu -1 --limit-train 16 --batch-size 8 --channels 4 --layers 3 --search-epochs 2"
-SEARCH = "--search-images 8 --search-channels 2 --search-batch-size 4 --sub-policies 2 --train-epochs 2"
-FAA = "--method faa-darts --faa-epochs 3 --faa-images 8 --faa-batch-size 4"
-SCRIPTS = {  # name: (module, flags, flags, parts, phases, files)
-    "joint": (joint_darts_faa, f"{TINY} {SEARCH}", "--genotype DARTS_V2 --policy none --train-epochs 1",
-              "", "search search train train", "curves.png selection.png images.png"),
-    "dha": (dha, f"{TINY} --train-epochs 1", "--search-epochs 1 --train-epochs 0",
-            "", "search search train", "curves.png policy.png"),
-    "faa-darts": (baseline_sequential, f"{TINY} {SEARCH} {FAA}",
-                  "--faa-epochs 1 --genotype DARTS_V2 --train-epochs 1",
-                  "darts", "policy policy policy search search train train", "curves.png darts/images.png"),
-    "sequential dha": (baseline_sequential, f"{TINY} --method dha --train-epochs 1", "--search-epochs 1",
-                       "search train", "search search train", "train/policy.png"),
-}  # fmt: skip
-METHODS = ("joint", "dha")
+TINY = "--preset quick --gpu -1 --dataset folder --batch-size 8 --channels 2 --search-epochs 2 --train-epochs 1"
+TINY_JOINT = f"{TINY} --search-images 8 --search-channels 2 --search-batch-size 4 --sub-policies 2 --stages 1"
+TINY_FAA = f"{TINY_JOINT} --method faa-darts --faa-epochs 2 --faa-images 8 --faa-batch-size 4"
+CASES = {
+    "joint": (joint_darts_faa, TINY_JOINT, [], ["search", "search", "train"]),
+    "dha": (dha, TINY, [], ["search", "search", "train"]),
+    "faa-darts": (
+        baseline_sequential,
+        TINY_FAA,
+        ["policy", "search", "train"],
+        ["policy", "policy", "search", "search", "train"],
+    ),
+    "sequential dha": (
+        baseline_sequential,
+        f"{TINY} --method dha",
+        ["search", "train"],
+        ["search", "search", "train"],
+    ),
+}
 
 
-@pytest.fixture(scope="module")
+def only(*names: str):
+    """The test is for these of CASES. Without it: for all."""
+    return pytest.mark.parametrize("script", names, indirect=True)
+
+
+@pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
-    """A folder data set of 40 and 20 images, which takes no time to read."""
+    """A folder data set of two classes, 16 images to train on and 10 to test on."""
     root = tmp_path_factory.mktemp("data")
-    for part, count in (("train", 40), ("test", 20)):
-        for i, (image, label) in enumerate(zip(*common.shapes(count, seed=count))):
-            path = root / part / f"class{label}" / f"{i}.png"
+    for part, count in (("train", 16), ("test", 10)):
+        for i, image in enumerate(common.shapes(count, seed=count)[0]):
+            path = root / part / f"class{i % 2}" / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            torchvision.transforms.functional.to_pil_image(image).save(path)
+            to_pil_image(image).save(path)
     return root
 
 
-@pytest.fixture(params=["joint", "dha", "faa-darts"])
-def script(request, data):
-    """A script, for runs in this process: on one thread, because the networks are tiny."""
-    name, (module, *texts) = request.param, SCRIPTS[request.param]
-    case, threads = Script(name, module, *(text.split() for text in texts)), torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield case._replace(short=[*case.short, "--dataset", "folder", "--data-dir", str(data)])
-    torch.set_num_threads(threads)
+@pytest.fixture(params=list(CASES))
+def script(request, data, one_thread) -> Script:
+    module, flags, folders, phases = CASES[request.param]
+    return Script(request.param, module, [*flags.split(), "--data-dir", str(data)], folders, phases)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
+def no_figures(monkeypatch):
+    """They take longer than the runs."""
+    for module in (joint_darts_faa, dha):
+        monkeypatch.setattr(module, "Figure", None)
+
+
+@pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> Path:
     """The folder of `done`."""
     return tmp_path_factory.mktemp("done")
@@ -148,10 +170,11 @@ def done(script, runs) -> Path:
 
 @pytest.fixture
 def copy(script, done, tmp_path) -> Path:
-    """A copy of the finished run that lacks what the script writes last, and so has to be gone on with."""
+    """A copy of the finished run, which its last stage has not finished: --resume goes on with it."""
     out = tmp_path / "copy"
     shutil.copytree(done, out)
-    (out / "result.json").unlink()
+    for folder in ["", *script.folders[-1:]]:
+        (out / folder / "result.json").unlink()
     return out
 
 
@@ -163,38 +186,75 @@ def one_line(capsys):
         said = capsys.readouterr().err
         lines = [line for line in said.splitlines() if line.strip()]
         if len(lines) == 2 and lines[0].startswith("usage: "):
-            assert re.match(r"\S.*: error: ", lines.pop()), said
-            return said.splitlines()[-1]
-        assert len(lines) == 1 and lines[0].startswith("error: "), said
+            del lines[0]
+        assert len(lines) == 1 and re.match(r"(\S+: )?error: ", lines[0]), said
         return lines[0]
 
     return read
 
 
-@pytest.fixture(scope="module")
-def broken(tmp_path_factory) -> Path:
-    """A folder with most things that can be wrong with a user's files."""
-    root = tmp_path_factory.mktemp("broken")
-    cell = [("sep_conv_3x3", i % 2) for i in range(8)]
-    common.save_genotype(common.Genotype(cell[:6], [2, 3, 4], cell[:6], [2, 3, 4]), root / "nodes3.json")
-    common.save_genotype(common.Genotype(cell, [3, 4, 5], cell, [2, 3, 4, 5]), root / "concat.json")
-    content = joint_darts_faa.Policy(2, 2).as_dict() | {"p": [[[2.0] * 16] * 2] * 2}
-    joint_darts_faa.save(root / "policy.json", content)
-    joint_darts_faa.save(root / "dha.json", {"operations": [], "probability": [[1.0]]})
-    (root / "damaged.json").write_text('{"normal": [["sep_conv_9x9", 0]]}')
-    (root / "file").write_text("a file")
-    (root / "empty" / "train").mkdir(parents=True)
-    (root / "empty" / "test").mkdir()
-    for name, classes in {"damaged": 2, "one_class": 1, "sizes": 2, "wide": 2, "more": 3}.items():
-        for part, i in ((part, i) for part in ("train", "test") for i in range(9)):
-            label = i % (classes - (part == "train" and name == "more"))
-            path = root / name / part / f"class{label}" / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", {"sizes": (32 + i % 3, 32), "wide": (40, 32)}.get(name, (32, 32))).save(path)
-    for part, label in (("train", 0), ("test", 0), ("test", 1)):  # nothing to train class 1 with
-        path = root / "hollow" / part / f"class{label}" / "0.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (32, 32)).save(path)
-    (root / "hollow" / "train" / "class1").mkdir()
-    (root / "damaged" / "train" / "class1" / "1.png").write_bytes(b"not an image")
-    return root
+# -------- What a run leaves -----------------------------------------------------------------------------------------
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def result(out: Path) -> dict:
+    return json.loads((out / "result.json").read_text())
+
+
+def settings(out: Path) -> dict:
+    return json.loads((out / "config.json").read_text())["args"]
+
+
+def weights(out: Path) -> dict:
+    return torch.load(out / "model.pt", weights_only=True)["state_dict"]
+
+
+def history(out: Path) -> list[dict]:
+    """The records in a run's checkpoint, as JSON has them."""
+    return json.loads(json.dumps(torch.load(out / "checkpoint.pt", weights_only=True)["history"]))
+
+
+def contents(folder: Path) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def untimed(records: list[dict]) -> list[dict]:
+    """Without what no two runs share."""
+    return [{k: v for k, v in record.items() if k not in ("seconds", "search_seconds")} for record in records]
+
+
+def assert_same(a: Path, b: Path) -> None:
+    """Two runs ended alike, bit for bit: result and metrics without their times, files, weights."""
+    assert untimed([result(a)]) == untimed([result(b)])
+    assert untimed(lines(a)) == untimed(lines(b))
+    for name in ("genotype.json", "policy.json"):
+        assert (a / name).exists() == (b / name).exists(), name
+        assert not (a / name).exists() or (a / name).read_bytes() == (b / name).read_bytes(), name
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys() and all(torch.equal(v, second[k]) for k, v in first.items())
+
+
+def after_every_epoch(monkeypatch, act) -> None:
+    """act(directory) once the checkpoint of an epoch is saved."""
+    for module in (joint_darts_faa, dha):
+
+        def save_and_act(out, records, real=module.save_epoch, **learned):
+            real(out, records, **learned)
+            act(out)
+
+        monkeypatch.setattr(module, "save_epoch", save_and_act)
+
+
+def interrupt(out) -> None:
+    raise KeyboardInterrupt
+
+
+def stop_after_an_epoch(monkeypatch, script: Script, *flags) -> pytest.ExceptionInfo:
+    """Run until the next epoch's end, and press Ctrl-C there. Returns the exception: its traceback keeps all alive."""
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="stopped: the same command") as stopped:
+        after_every_epoch(patch, interrupt)
+        script.module.main([*script.short, *map(str, flags)])
+    return stopped

@@ -66,29 +66,23 @@ def test_genotypes_round_trip(tmp_path):
     assert parse_genotype(f"Genotype({edges}, [0, 1], {edges}, range(2, 3))") == Genotype(edges, [0, 1], edges, [2])
 
 
-# What stands before DARTS_V1 in quark0's genotypes.py: a name that is no genotype, and NASNet's operations
+# As above DARTS_V1 in quark0's genotypes.py: a name that is no genotype, and NASNet's operations
 HEAD = """from collections import namedtuple
 
 Genotype = namedtuple('Genotype', 'normal normal_concat reduce reduce_concat')
 
-PRIMITIVES = [
-    'none',
-    'max_pool_3x3'
-]
+PRIMITIVES = ['none', 'max_pool_3x3']
 
 NASNet = Genotype(
   normal = [
-    ('sep_conv_5x5', 1),
-    ('conv_7x1_1x7', 0),
+    ('conv_7x1_1x7', 0), ('sep_conv_5x5', 1),
   ],
   normal_concat = [2, 3, 4, 5, 6],
   reduce = [
-    ('sep_conv_5x5', 1),
-    ('conv_7x1_1x7', 0),
+    ('conv_7x1_1x7', 0), ('sep_conv_5x5', 1),
   ],
   reduce_concat = [4, 5, 6],
 )
-
 """
 
 
@@ -105,21 +99,17 @@ AS_PEOPLE_HAVE_THEM = {  # all of them mean DARTS_V2
     "the text alone": f"\n\n{V2}\n",
     "an alias below": f"DARTS_V2 = {V2}\n\nDARTS = DARTS_V2\n",
     "a log": f"10:00 param size = 1.93MB\n10:01 genotype = {V2}\n10:01 train 000 2.31e+00 (best) 12.5\n",
-    "a sentence": f"The best cell (of 4 seeds) is {V2}, which has (2, 3) skips.",
     "a cut log": f"genotype = {V2}\ngenotype = {str(V1)[:200]}",
     "the same twice": f"a = {V2}\nb = {V2}\n",
     "broken into lines": str(V2).replace(", ", ",\n    "),
     "nested by node in a log": f"06/30 07:31:16 PM | genotype = {NESTED}",
     "our JSON": json.dumps(V2._asdict(), indent=1),
-    "JSON nested by node": json.dumps(V2._replace(normal=by_node(V2.normal))._asdict()),
     "JSON in JSON": json.dumps({"epoch": 3, "loss": None, "genotype": V2._asdict()}),
     "JSON of a script's text": json.dumps({"epoch": 3, "genotype": str(V2)}),
     "tuples in a log": f"==>> (best) : {TUPLES[:-1]}, connects=None)\n[12.5%] (13.1)",
     "NumPy's numbers": STATES.sub(r"np.int64(\g<0>)", str(V2)),
-    "NumPy's texts": re.sub(r"'\w+'", r"np.str_(\g<0>)", str(V2)),
     "NumPy's arrays": NESTED.replace("[2, 3, 4, 5]", "np.array([np.int64(2), 3, 4, 5], dtype=int64)"),
     "a dictionary in a log": f"10:01 {{}} best = {DICT} (3 seeds)\n10:02 {{'loss': 2.5}}",
-    "a cut dictionary": f"{DICT}\n{DICT[:200]}",
     "a genotype and then a dictionary": f"{V2}\n{{'normal': [[0.1, 0.2]], 'reduce': [[0.3, 0.4]]}}",
 }
 
@@ -169,18 +159,14 @@ def test_a_genotype_of_a_file_by_its_name(tmp_path, capsys):
         load_genotype(r"C:\cells\best")
 
 
-CODE = ["__import__('os').mkdir('trap')", "range(open('trap', 'w'))", "[x for x in [open('trap', 'w')]]"]
-
-
-@pytest.mark.parametrize("code", CODE)  # would leave a file or folder behind
+@pytest.mark.parametrize("code", ["__import__('os').mkdir('trap')", "range(open('trap', 'w'))"])
 def test_code_in_a_genotype_is_not_run(code, tmp_path):
-    """(Every test starts in its own empty folder.)"""
+    """It would leave something in the test's folder."""
     assert parse_genotype(f"import os\n{code}\ny = {code}\nx = {V2}\nz = x\n") == V2  # beside it code is text
     for text in (
         f"Genotype({code})",
         str(V2).replace("[2, 3, 4, 5]", code, 1),
         str(V2).replace("('max_pool_3x3', 0)", f"('max_pool_3x3', np.int64({code}))", 1),
-        DICT.replace("range(2, 6)", code, 1),
         DICT.replace("'normal'", f"**{code}, 'normal'", 1),
     ):
         for space in ("cells", "mobilenet"):
@@ -191,10 +177,6 @@ def test_code_in_a_genotype_is_not_run(code, tmp_path):
 
 def edge(new):
     return str(V1).replace("('sep_conv_3x3', 1)", new, 1)
-
-
-def concat(new):
-    return str(V1).replace("[2, 3, 4, 5]", new, 1)
 
 
 BAD = {
@@ -209,9 +191,9 @@ BAD = {
     "odd number of edges": str(V1._replace(normal=V1.normal[:7])),
     "no edges": str(V1._replace(normal=[])),
     "field missing": str(V1).replace("reduce_concat", "concat"),
-    "empty concat": concat("[]"),
+    "empty concat": str(V1._replace(normal_concat=[])),
     "an input in reduce_concat": str(V1._replace(reduce_concat=[1, 2, 3])),
-    "endless concat": concat("range(2, 1000000000000000000)"),
+    "endless concat": str(V1).replace("[2, 3, 4, 5]", "range(2, 1000000000000000000)"),
     "JSON list": "[1, 2]",
     "JSON null": json.dumps(V1._replace(normal_concat=None)._asdict()),
     "deeply nested": "Genotype(" + "(" * 100_000 + ")" * 100_001,

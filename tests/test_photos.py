@@ -1,12 +1,11 @@
 """common.py's photographs. Oracles: Pillow and NumPy for pixels, torchvision for views, files made here for layouts."""
 
-import io
+import gc
 import multiprocessing
 import os
 import signal
 import struct
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,28 +13,27 @@ import pytest
 import torch
 import torchvision
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torchvision.transforms import v2
 
 import common
 from common import InputError, Photos, batch_indices, load_data, load_image, loader, mean_std, stem_for
 from test_data import noise, put
 
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1  # else torch waits 5 s for every worker that failed
+
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """One thread; and after an error torch does not wait 5 s for every worker."""
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+def seeded_on_one_thread():
+    torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def cores(monkeypatch):
-    """This process may use four."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
+def fail(kind, *arguments):
+    raise kind(*arguments)
 
 
 def put_number(path, k):
@@ -59,26 +57,11 @@ def views(images, order, train=False, workers=None):
     return torch.cat([x for x, _ in loader(images, labels, order, train, workers)])
 
 
-# -----------------------------------------------------------------------------
-# Layouts
-# -----------------------------------------------------------------------------
-
-
 def sports(root, counts):
     for name, count in zip(["RockClimbing", "badminton", "polo"], counts):
         (root / name).mkdir(parents=True)
         for i in range(count):
             (root / name / f"{i:03}.jpg").touch()
-
-
-def files(data):
-    """{(class, file)} to train on and to test on, whose labels must be those of their folders."""
-    found = []
-    for images, labels in (data[:2], data[2:4]):
-        pairs = [Path(path).parts[-2:] for path in images.paths]
-        assert [data.classes[k] for k in labels] == [name for name, _ in pairs]
-        found.append(set(pairs))
-    return found
 
 
 @pytest.mark.parametrize("inside", ["", "event_img"])
@@ -87,16 +70,18 @@ def test_sport8(inside, tmp_path):
     sports(tmp_path / inside, (130, 131, 133))
     (tmp_path / inside / "polo" / "._001.jpg").touch()
     data = load_data("sport8", tmp_path)
-    train, test = files(data)
+    paths = data.train_images.paths + data.test_images.paths
+    assert len(set(paths)) == 390 and data.train_images.shape == (210, 3, 224, 224)
     assert data.classes == ["RockClimbing", "badminton", "polo"]
-    assert data.train_images.shape == (210, 3, 224, 224) and data.test_images.shape == (180, 3, 224, 224)
+    labels = torch.cat([data.train_labels, data.test_labels]).tolist()
+    assert [data.classes[label] for label in labels] == [Path(path).parent.name for path in paths]
     assert data.train_labels.bincount().tolist() == [70] * 3 and data.test_labels.bincount().tolist() == [60] * 3
-    assert len(train | test) == 390
-    drawn = [{file for other, file in train if other == name} for name in data.classes]
-    assert drawn[0] != drawn[1] != drawn[2] != drawn[0]  # every class has its own draw
+    names = [Path(path).name for path in paths]
+    assert names[:70] != names[70:140]  # every class has its own draw
+
     torch.manual_seed(9)
-    assert files(load_data("sport8", tmp_path, seed=0)) == [train, test]
-    assert files(load_data("sport8", tmp_path, seed=1))[0] != train
+    again, other = load_data("sport8", tmp_path, seed=0), load_data("sport8", tmp_path, seed=1)
+    assert again.train_images.paths == paths[:210] and set(other.train_images.paths) != set(paths[:210])
 
 
 @pytest.fixture
@@ -119,13 +104,11 @@ def test_mit67(indoor):
 
 UNUSABLE = {  # data set, what happens to MIT67's layout, and what the message says
     "no list": ("mit67", lambda root: (root / "TestImages.txt").unlink(), "TestImages.txt"),
-    "empty list": ("mit67", lambda root: (root / "TestImages.txt").write_text("\n"), "empty"),
     "listed file": ("mit67", lambda root: (root / "Images/bar/1.jpg").unlink(), "bar/1.jpg"),
     "class only in test": ("mit67", lambda root: (root / "TrainImages.txt").write_text("bar/0.jpg"), "cellar/7.jpg"),
     "no val": ("imagenet", lambda root: (root / "Images").rename(root / "train"), "(or val/)"),
     "few images": ("sport8", lambda root: sports(root / "event_img", (130, 129, 131)), "badminton has 129 images"),
     "no images": ("sport8", lambda root: (root / "event_img").mkdir(), "event_img"),
-    "no root": ("sport8", lambda root: root.rename(root.with_name("gone")), "No such file"),
 }
 
 
@@ -154,18 +137,14 @@ def test_flowers102(tmp_path, monkeypatch):
 @pytest.mark.parametrize("dataset, size", [("imagenet", None), ("folder", 64), ("folder", 63)])
 def test_folders_of_photographs(dataset, size, tmp_path):
     """From 64 pixels on images are files; the labels of the images to test on are those of train/."""
-    for k, name in enumerate(["train/a/x", "train/b/x", "train/c/deep/x", "val/c/deep/x", "val/a/x", "val/.b/x"]):
+    names = ["train/a/x", "train/b/x", "train/c/deep/x", "val/c/deep/x", "val/a/x", "val/.b/x", "val/b/._x"]
+    for k, name in enumerate(names):
         put_number(tmp_path / f"{name}.png", k)
     data = load_data(dataset, tmp_path, size, workers=1)
     assert data.classes == ["a", "b", "c"] and isinstance(data.train_images, torch.Tensor) == (size == 63)
     assert data.train_images.shape == (3, 3, size or 224, size or 224) and len(data.test_images) == 2
     assert stem_for(data.train_images) == ("cifar" if size == 63 else "imagenet")
     assert shown(*data[:2]) == [(0, 0), (1, 1), (2, 2)] and shown(*data[2:4]) == [(4, 0), (3, 2)]
-
-
-# -----------------------------------------------------------------------------
-# Image files
-# -----------------------------------------------------------------------------
 
 
 def levels(path):
@@ -225,9 +204,7 @@ def test_images_stand_upright(orientation, tmp_path):
         Image.fromarray(pixels).save(tmp_path / name, exif=exif, **{"lossless": True} if name == "a.webp" else {})
         assert np.array_equal(levels(tmp_path / name), TURNS[orientation](pixels)), name
     Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif)
-    with Image.open(tmp_path / "a.jpg") as stored:
-        assert stored.size == (8, 5)
-        assert np.array_equal(levels(tmp_path / "a.jpg"), ImageOps.exif_transpose(stored))
+    assert np.array_equal(levels(tmp_path / "a.jpg"), ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg")))
     sixteen = noise(5, 8).astype(np.uint16) * 257
     for order in "<>":
         put_tiff(tmp_path / "a.tif", sixteen, order, orientation)
@@ -236,18 +213,16 @@ def test_images_stand_upright(orientation, tmp_path):
 
 def test_kinds_of_images(tmp_path):
     """Every mode becomes three channels: colours of a palette, gray three times, alpha left out."""
-    gray, two, four, bits = noise(9, 7), noise(9, 7, 2, seed=1), noise(9, 7, 4, seed=2), noise(9, 7, seed=4) > 127
-    palette = Image.fromarray(noise(9, 7, 3, seed=3)).quantize(16)
-    colours = np.array(palette.getpalette()).reshape(-1, 3)[np.asarray(palette)]
-    ink = noise(9, 7, 4, seed=5)
-    ink[..., 3] = 0  # no black: red is what cyan leaves
+    gray, rgba = noise(9, 7), noise(9, 7, 4, seed=2)
+    palette = Image.fromarray(rgba[..., :3].copy()).quantize(16)
+    ink = rgba * [1, 1, 1, 0]  # no black: red is what cyan leaves
     kinds = {
-        "1.png": (Image.fromarray(bits), gray3(bits * 255)),
+        "1.png": (Image.fromarray(gray > 127), gray3((gray > 127) * 255)),
         "l.png": (gray, gray3(gray)),
-        "la.png": (two, gray3(two[..., 0])),
-        "rgba.png": (four, four[..., :3]),
-        "p.gif": (palette, colours),
-        "cmyk.tif": (Image.fromarray(ink, "CMYK"), 255 - ink[..., :3]),
+        "la.png": (rgba[..., :2].copy(), gray3(rgba[..., 0])),
+        "rgba.png": (rgba, rgba[..., :3]),
+        "p.gif": (palette, np.array(palette.getpalette()).reshape(-1, 3)[np.asarray(palette)]),
+        "cmyk.tif": (Image.fromarray(ink.astype(np.uint8), "CMYK"), 255 - ink[..., :3]),
     }
     for name, (image, want) in kinds.items():
         put(tmp_path / name, image)
@@ -257,22 +232,18 @@ def test_kinds_of_images(tmp_path):
 TURNED = (0x0112, 3, 1, b"\0\6")  # orientation 6
 
 
-def exif(*tags, more=b""):
-    """EXIF by its specification: tags (number, type, count, value), and what follows them."""
+def exif(*tags):
+    """EXIF by its specification: tags (number, type, count, value)."""
     entries = [struct.pack(">HHI", *tag) + value.ljust(4, b"\0") for *tag, value in tags]
-    return struct.pack(">2sHIH", b"MM", 42, 8, len(entries)) + b"".join(entries) + bytes(4) + more
+    return struct.pack(">2sHIH", b"MM", 42, 8, len(entries)) + b"".join(entries) + bytes(4)
 
 
 ODD_EXIF = {  # content, and whether its orientation can be read: other tags that cannot do not matter
     "no TIFF": (b"garbage!", False),
-    "cut off": (exif(TURNED)[:6], False),
     "orientation in words": (exif((0x0112, 2, 2, b"6\0")), False),
     "orientation 99": (exif((0x0112, 3, 1, b"\0\x63")), False),
     "good": (exif(TURNED), True),
-    "a resolution below 0": (
-        exif(TURNED, (0x011A, 10, 1, struct.pack(">I", 38)), more=struct.pack(">ii", -7, 3)),
-        True,
-    ),
+    "a width that is a text": (exif((0x0100, 2, 3, b"72\0"), TURNED), True),
     "a number that is a text": (exif(TURNED, (0x011A, 2, 3, b"72\0")), True),
 }
 
@@ -286,35 +257,23 @@ def test_damaged_exif_means_as_stored(content, readable, tmp_path):
         assert np.array_equal(levels(tmp_path / name), TURNS[6 if readable else 1](pixels)), name
 
 
-def put_png(path, chunk, size=(16, 16)):
-    """A black PNG by its specification, with another chunk (name, content) before its pixels."""
-    head = (b"IHDR", struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0))
-    content = b"\x89PNG\r\n\x1a\n"
-    for name, part in (head, chunk, (b"IDAT", zlib.compress(bytes(16 * 49))), (b"IEND", b"")):
-        content += struct.pack(">I", len(part)) + name + part + struct.pack(">I", zlib.crc32(name + part))
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("text", [b"tEXt", b"iTXt"])
-def test_a_text_named_exif_is_no_exif(text, tmp_path):
-    put_png(tmp_path / "a.png", (text, b"exif\0\0\0\0\0made in spring"))
-    assert np.array_equal(levels(tmp_path / "a.png"), np.zeros((16, 16, 3)))
+def test_a_text_named_exif_is_no_exif(tmp_path):
+    text = PngInfo()
+    text.add_itxt("exif", "made in spring")
+    Image.new("RGB", (4, 3)).save(tmp_path / "a.png", pnginfo=text)
+    assert levels(tmp_path / "a.png").shape == (3, 4, 3)
 
 
 def cut_jpeg(path):
-    jpeg = io.BytesIO()
-    Image.fromarray(noise(80, 80, 3)).save(jpeg, "JPEG", exif=b"Exif\0\0garbage")  # odd EXIF hides no damage
-    path.write_bytes(jpeg.getvalue()[:2000])
+    Image.fromarray(noise(80, 80, 3)).save(path, exif=b"Exif\0\0garbage")  # odd EXIF hides no damage
+    path.write_bytes(path.read_bytes()[:2000])
 
 
 DAMAGE = {  # what makes the file, and what the message says
-    "profile.png": (lambda path: put_png(path, (b"iCCP", b"")), "Error"),  # IndexError in some Pillows
-    "bomb.png": (lambda path: put_png(path, (b"tEXt", b""), size=(60_000, 60_000)), "DecompressionBomb"),
     "cut.jpg": (cut_jpeg, "truncated"),
     "text.jpg": (lambda path: path.write_text("<html>404\nNot Found</html>"), "cannot identify"),
     "float.tif": (lambda path: put_tiff(path, np.zeros((16, 16), np.float32)), "it is in floating point"),
     "deep.tif": (lambda path: put_tiff(path, np.full((16, 16), 70_000, np.int32)), "more than 16 bits"),
-    "negative.tif": (lambda path: put_tiff(path, np.full((16, 16), -5, np.int32)), "more than 16 bits"),
     "missing.png": (lambda path: None, "No such file"),
 }
 
@@ -339,22 +298,14 @@ def test_damaged_images(name, tmp_path):
     assert str(tmp_path / name) in message and "\n" not in message and "Traceback" not in message
 
 
-@pytest.mark.parametrize("kind", [KeyError, struct.error, MemoryError, RecursionError, SyntaxError])
-def test_whatever_pillow_raises_names_the_file(kind, tmp_path, monkeypatch):
-    def broken(*args, **kwargs):
-        raise kind("first line\nsecond line")
-
+@pytest.mark.parametrize("kind", [KeyError, struct.error, MemoryError, SyntaxError])
+@pytest.mark.parametrize("function", ["open", "Image.load", "Image.convert"])
+def test_whatever_pillow_raises_names_the_file(kind, function, tmp_path, monkeypatch):
     put_number(tmp_path / "a.png", 1)
-    for function in ("open", "Image.load", "Image.convert"):
-        with monkeypatch.context() as patch:
-            patch.setattr(f"PIL.Image.{function}", broken)
-            with pytest.raises(InputError, match=rf"^cannot use the image .*a.png: {kind.__name__}: .*$"):
-                load_image(tmp_path / "a.png")
+    monkeypatch.setattr(f"PIL.Image.{function}", lambda *args, **kwargs: fail(kind, "first line\nsecond line"))
+    with pytest.raises(InputError, match=rf"^cannot use the image .*a.png: {kind.__name__}: .*$"):
+        load_image(tmp_path / "a.png")
 
-
-# -----------------------------------------------------------------------------
-# Views
-# -----------------------------------------------------------------------------
 
 SIZES = [(90, 131), (300, 201), (74, 73), (73, 200), (21, 30), (64, 64), (147, 220), (146, 74), (3, 40)]
 
@@ -374,8 +325,8 @@ def as_tensor(image):
 def middle(path, size):
     """What evaluation shows of an image, by Pillow: the shorter side 256/224 of the size, of that the middle."""
     image = Image.open(path)
-    short, scaled = min(image.size), {64: 73, 224: 256}[size]
-    image = image.resize([int(scaled * side / short) for side in image.size], Image.Resampling.BILINEAR)
+    scale = {64: 73, 224: 256}[size] / min(image.size)
+    image = image.resize([int(scale * side + 1e-9) for side in image.size], Image.Resampling.BILINEAR)
     left, top = (round((side - size) / 2) for side in image.size)
     return as_tensor(image.crop((left, top, left + size, top + size)))
 
@@ -402,12 +353,11 @@ def test_views_are_those_of_pillow_and_torchvision(size, pictures):
             assert torch.equal(photos[i, seed], drawn(path, seed, size)), path
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # there may be fewer cores
-def test_views_depend_on_seed_epoch_and_position_alone(pictures, cores):
+def test_views_depend_on_seed_epoch_and_position_alone(pictures):
     """Not on the number of workers, on the batches' size, or on what else draws random numbers."""
     photos, order = Photos(pictures, 64), torch.tensor([3, 3, 5, 0, 8, 1, 2, 7])
     found = []
-    for workers in (0, 1, 3):
+    for workers in (0, 1, 2):
         torch.manual_seed(3)
         epochs = [views(photos, order.split(4), True, workers) for _ in range(2)]
         found.append((*epochs, torch.rand(5)))
@@ -428,43 +378,31 @@ def test_views_depend_on_seed_epoch_and_position_alone(pictures, cores):
 
 def test_reading_leaves_the_generators_as_they_are(pictures, monkeypatch):
     """A view draws from a generator of its own: not from the process's, and no GPU is seeded."""
-    called = []
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", called.append)
-    monkeypatch.setattr(torch.cuda, "manual_seed", called.append)
+    for function in ("manual_seed", "manual_seed_all"):
+        monkeypatch.setattr(torch.cuda, function, None)
     photos, state = Photos(pictures, 64, workers=0), torch.get_rng_state()
     views(photos, [torch.tensor([0, 1])])  # evaluation draws nothing
+    with pytest.raises(InputError):
+        Photos([f"{pictures[0]}.gone"], 64)[0, 5]
     assert torch.equal(torch.get_rng_state(), state)
     batch = loader(photos, torch.arange(9), torch.arange(8).split(2), True)
     next(batch)
     state = torch.get_rng_state()  # one seed for the epoch, when it starts
     assert len(list(batch)) == 3 and torch.equal(torch.get_rng_state(), state)
-    with pytest.raises(InputError):
-        Photos([f"{pictures[0]}.gone"], 64)[0, 5]
-    assert torch.equal(torch.get_rng_state(), state) and not called
 
 
-def test_batches_of_photographs(tmp_path):
-    for k in range(20):
-        put_number(tmp_path / f"{k:02}.png", k)
-    photos, order = Photos(sorted(map(str, tmp_path.iterdir())), 64, workers=1), batch_indices(20, 6, seed=1)
-    labels = torch.arange(100, 120)
-    for train in (False, True):
-        for (x, y), batch in zip(loader(photos, labels, order, train), order, strict=True):
-            red, green = x[:, :2].float().mean((2, 3)).div(16).int().unbind(1)
-            assert torch.equal(red * 16 + green, batch) and torch.equal(y, labels[batch])
-    ((x, y),) = loader(photos, labels.to("meta"), order[:1], True)  # batches go where the labels are
-    assert x.device.type == y.device.type == "meta" and x.shape == (6, 3, 64, 64)
+def test_batches_go_where_the_labels_are(pictures):
+    photos, labels, order = Photos(pictures, 64, workers=1), torch.arange(10, 19), batch_indices(9, 4, seed=1)
+    for (x, y), batch in zip(loader(photos, labels, order, False), order, strict=True):
+        assert torch.equal(x, torch.stack([photos[i, None] for i in batch])) and torch.equal(y, labels[batch])
+    x, y = next(loader(photos, labels.to("meta"), order, False))
+    assert x.device.type == y.device.type == "meta" and x.shape == (4, 3, 64, 64)
 
 
 def test_mean_std_of_photographs_is_imagenets():
     weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.transforms()
     mean, std = mean_std(Photos(["nowhere.jpg"], 224))
-    assert torch.equal(mean, torch.tensor(weights.mean)) and torch.equal(std, torch.tensor(weights.std))
-
-
-# -----------------------------------------------------------------------------
-# Workers
-# -----------------------------------------------------------------------------
+    assert mean.tolist() == torch.tensor(weights.mean).tolist() and std.tolist() == torch.tensor(weights.std).tolist()
 
 
 def workers_of(photos, **options):
@@ -480,21 +418,14 @@ def workers_of(photos, **options):
     return len(started)
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_a_loader_starts_the_workers_that_are_asked_for(pictures, cores):
+def test_a_loader_starts_as_many_workers_as_are_asked_for_and_there_are_cores(pictures, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5}, raising=False)
     assert workers_of(Photos(pictures, 64, 0)) == 0
-    assert workers_of(Photos(pictures, 64, 2)) == 2
-    assert workers_of(Photos(pictures, 64, 2), workers=1) == 1
-    assert workers_of(Photos(pictures, 64, 1), workers=0) == 0  # two loaders share one worker
-
-
-@pytest.mark.parametrize("affinity", [True, False])
-def test_no_more_workers_than_cores(affinity, pictures, monkeypatch):
-    if affinity:
-        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5}, raising=False)
-    else:
-        monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-        monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    assert workers_of(Photos(pictures, 64, 16)) == 2
+    assert workers_of(Photos(pictures, 64, 2), workers=1) == 1  # two loaders share them
+    assert workers_of(Photos(pictures, 64, 1), workers=0) == 0
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
     assert workers_of(Photos(pictures, 64, 16)) == 1
 
 
@@ -503,10 +434,6 @@ def explained(error, says):
     message = str(error.value)
     assert "\n" not in message and "Traceback" not in message
     assert all(part in message for part in (says, "/dev/shm", "memory", "TMPDIR", "suspended", "--workers 0"))
-
-
-def fail(kind, *arguments):
-    raise kind(*arguments)
 
 
 FAULTS = {  # what happens in a worker, and what the message says
@@ -519,6 +446,7 @@ FAULTS = {  # what happens in a worker, and what the message says
 
 @pytest.mark.parametrize("happens, says", FAULTS.values(), ids=list(FAULTS))
 def test_a_worker_that_fails(happens, says, pictures, monkeypatch):
+    gc.collect()  # what an earlier DataLoader leaves would swallow this one's error
     assert common.WORKER_TIMEOUT == 3600  # jobs are suspended
     monkeypatch.setattr(common, "WORKER_TIMEOUT", 2)
     monkeypatch.setattr(common, "load_image", lambda path: happens())
@@ -527,15 +455,16 @@ def test_a_worker_that_fails(happens, says, pictures, monkeypatch):
     explained(e, says)
 
 
-def test_workers_that_cannot_be_started(pictures, monkeypatch):
-    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", lambda self: fail(OSError, 11, "unavailable"))
+def test_a_worker_that_cannot_be_started(pictures, monkeypatch):
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", lambda self: fail(OSError, "no more processes"))
     with pytest.raises(InputError) as e:
         views(Photos(pictures, 64), [torch.tensor([0])], True, workers=1)
-    explained(e, "unavailable")
+    explained(e, "no more processes")
 
 
 def test_a_worker_that_is_killed_while_the_network_computes(pictures):
     """torch raises wherever this process is: here in a line that has nothing to do with images."""
+    gc.collect()
     with pytest.raises(InputError) as e, common.workers_explained():
         others = set(multiprocessing.active_children())
         batch = loader(Photos(pictures, 64), torch.arange(9), torch.arange(8).split(2), True, workers=1)
