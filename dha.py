@@ -1033,7 +1033,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument_group("network and training").add_argument
     add("--search-epochs", type=at_least(1), default=120, help="maximum length of the search [A: ISTA-NAS' README]")
     add("--train-epochs", "--epochs", type=at_least(0), default=600, help="epochs after the search, same weights [A]")
-    add("--batch-size", type=at_least(2), default=96, help="images per step, over all processes [A: DARTS]")
+    add("--batch-size", type=at_least(2), default=96, help="images per step; batch norm: per process [A: DARTS]")
     add("--channels", type=at_least(2), default=36, help="channels of the first cells, even [A: DARTS]")
     add("--layers", type=at_least(3), default=20, help="cells; reductions at 1/3 and 2/3 [A: DARTS]")
     add("--lr", type=at_least(0.0), default=0.0255, help="learning rate of theta at the start [A]")
@@ -1793,7 +1793,7 @@ def auto_contrast(images: Tensor, magnitude: Tensor) -> Tensor:
     levels = (images * 255).round().long().clamp(0, 255).flatten(2)  # (B, 3, H W)
     low = levels.amin(2, keepdim=True).double()
     high = levels.amax(2, keepdim=True).double()
-    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # 255.0 / x is 255.0 * (1 / x) in torch
+    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # torch rounds 255.0 / x twice: 255.0 * (1 / x)
     every_level = torch.arange(256, device=images.device, dtype=torch.float64)
     stretched = (every_level * scale - low * scale).floor().clamp(0, 255)
     table = torch.where(high > low, stretched, every_level) / 255  # (B, 3, 256): the new value of each level
