@@ -634,7 +634,8 @@ def main(argv: list[str]) -> None:
             print(compare(args.compare))
             return
         joint_darts_faa.join_processes(args)
-        run_baseline(argv, args, joint_darts_faa.device_of(args.gpu))
+        with common.workers_explained():
+            run_baseline(argv, args, joint_darts_faa.device_of(args.gpu))
     except (InputError, OSError, torch.cuda.OutOfMemoryError) as error:  # all else keeps its traceback
         print("error:", *str(error).splitlines()[:1], file=sys.stderr)
         sys.exit(2)

@@ -395,7 +395,7 @@ def batch_indices(
 ) -> Tensor:
     """One epoch of `count` images in random order: indices (steps, batch_size // world), int64, on the CPU.
 
-    independent: every batch is drawn from all images, whatever the others hold; else no image comes twice.
+    independent: every batch is drawn from all images, also from those of other batches; else no image comes twice.
 
     A batch holds at most all images; an incomplete last one is left out. Process `rank` of `world` gets its
     share of every batch. Raises InputError as check_batch does.
@@ -502,7 +502,7 @@ def _as_array(views: list[Tensor]) -> np.ndarray:
 
 
 def random_crop_flip(images: Tensor) -> Tensor:
-    """Shift every image (B, C, H, W) by up to 4 pixels each way, zeros come in; mirror it in half the cases."""
+    """Shift every image (B, C, H, W) by up to 4 pixels each way, filled up with zeros; mirror half of them."""
     B, C, H, W = images.shape
     device = images.device
     rows = torch.randint(0, 9, (B, 1), device=device) + torch.arange(H, device=device)  # (B, H)
@@ -909,7 +909,7 @@ def fix_batch_norms(module: nn.Module) -> None:
 
 
 def learn_batch_norms(module: nn.Module) -> None:
-    """What fix_batch_norms made buffers are parameters again, with their present values."""
+    """Undo fix_batch_norms: weight and bias of every batch norm in `module` are parameters, with the same values."""
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d):
             for name in ("weight", "bias"):

@@ -1534,7 +1534,8 @@ def main(argv: list[str]) -> None:
     try:
         args = parse_args(argv)
         join_processes(args)
-        run_dha(args, device_of(args.gpu))
+        with common.workers_explained():
+            run_dha(args, device_of(args.gpu))
     except (InputError, OSError, torch.cuda.OutOfMemoryError) as error:  # all else keeps its traceback
         print("error:", *str(error).splitlines()[:1], file=sys.stderr)
         sys.exit(2)

@@ -574,9 +574,11 @@ def search(
         val_order = common.batch_indices(len(D_val), args.search_batch_size, 2 * seed, RANK, WORLD).to(device)
         train_order = common.batch_indices(len(D_train), args.search_batch_size, 2 * seed + 1, RANK, WORLD).to(device)
 
-        # A batch of D_val (line 3) and one of D_train (line 10)
-        val_batches = common.loader(data.train_images, data.train_labels, D_val[val_order], train=True)
-        train_batches = common.loader(data.train_images, data.train_labels, D_train[train_order], train=True)
+        # A batch of D_val (line 3) and one of D_train (line 10). The two loaders share the processes that read files
+        images, labels = data.train_images, data.train_labels
+        half = args.workers // 2
+        val_batches = common.loader(images, labels, D_val[val_order], train=True, workers=half)
+        train_batches = common.loader(images, labels, D_train[train_order], train=True, workers=args.workers - half)
         batches = zip(val_batches, train_batches)
         totals = torch.zeros(4, device=device)
         for val_batch, train_batch in tqdm(batches, f"search {epoch + 1}", steps, leave=False, disable=QUIET):
@@ -1255,7 +1257,8 @@ def main(argv: list[str]) -> None:
     try:
         args = parse_args(argv)
         join_processes(args)
-        run_joint(args, device_of(args.gpu))
+        with common.workers_explained():
+            run_joint(args, device_of(args.gpu))
     except (InputError, OSError, torch.cuda.OutOfMemoryError) as error:  # all else keeps its traceback
         print("error:", *str(error).splitlines()[:1], file=sys.stderr)
         sys.exit(2)

@@ -101,7 +101,7 @@ class Script(NamedTuple):
 
 TINY = "--preset quick --gpu -1 --dataset folder --batch-size 8 --channels 2 --search-epochs 2 --train-epochs 1"
 TINY_JOINT = f"{TINY} --search-images 8 --search-channels 2 --search-batch-size 4 --sub-policies 2 --stages 1"
-TINY_FAA = f"{TINY_JOINT} --method faa-darts --faa-epochs 2 --faa-images 8 --faa-batch-size 4"
+TINY_FAA = f"{TINY_JOINT} --method faa-darts --search-epochs 1 --faa-epochs 2 --faa-images 8 --faa-batch-size 4"
 CASES = {
     "joint": (joint_darts_faa, TINY_JOINT, [], ["search", "search", "train"]),
     "dha": (dha, TINY, [], ["search", "search", "train"]),
@@ -109,13 +109,13 @@ CASES = {
         baseline_sequential,
         TINY_FAA,
         ["policy", "search", "train"],
-        ["policy", "policy", "search", "search", "train"],
+        ["policy", "policy", "search", "train"],
     ),
     "sequential dha": (
         baseline_sequential,
-        f"{TINY} --method dha",
+        f"{TINY} --method dha --search-epochs 1",
         ["search", "train"],
-        ["search", "search", "train"],
+        ["search", "train"],
     ),
 }
 

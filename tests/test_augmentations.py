@@ -56,9 +56,7 @@ def test_names_and_signs():
     assert SIGNED == joint.SIGNED == {*AFFINE, *BLENDS} and set(ALL) == set(AUGMENTATIONS)
 
 
-# -----------------------------------------------------------------------------
-# PIL and torchvision
-# -----------------------------------------------------------------------------
+# -------- PIL and torchvision ----------------------------------------------------------------------------------------
 
 PIL_EXACT = {
     "Posterize": lambda image, m: ImageOps.posterize(image, 8 - round(4 * m)),
@@ -160,9 +158,7 @@ def test_affine_equals_torchvision_inside_and_is_zero_outside(name, size):
             assert np.abs(levels - want).max() <= 1
 
 
-# -----------------------------------------------------------------------------
-# What holds for every operation
-# -----------------------------------------------------------------------------
+# -------- What holds for every operation -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -233,9 +229,7 @@ def test_apply_each_is_the_named_operation_on_each_image(script, device):
         torch.testing.assert_close(out[i], want, rtol=0, atol=2e-6, msg=names[k])
 
 
-# -----------------------------------------------------------------------------
-# Gradients: joint_darts_faa.py's; those of dha.py's plain operations at the end
-# -----------------------------------------------------------------------------
+# -------- Gradients: joint_darts_faa.py's; those of dha.py's plain operations at the end -----------------------------
 
 
 @pytest.mark.parametrize("name", [*AFFINE, *BLENDS, "SamplePairing"])

@@ -1,6 +1,6 @@
-"""Second derivatives of the supernets, which second-order methods take, against differences of the gradient.
+"""Second derivatives of the supernets, which second-order methods take. Oracle: differences of the gradient, float64.
 
-(Those of common.Network are in test_genotypes.py.)
+(Those of common.Network are in test_networks.py.)
 """
 
 import pytest
@@ -25,15 +25,14 @@ class Problem:
             self.net = SparseSupernet(4, 5, 3, b_scale=0.3)
             self.net.freeze(2)  # its strengths are constant, its batch norms learn
         self.net.double()
-        self.x = torch.randn(2, 4, 3, 12, 12, dtype=torch.float64).contiguous()
+        self.x = torch.randn(2, 4, 3, 8, 8, dtype=torch.float64)
         self.y = torch.tensor([[0, 1, 2, 3], [4, 3, 2, 1]])
         self.buffers = {name: buffer.clone() for name, buffer in self.net.named_buffers()}
 
-        # What a weight's gradient can be taken of: candidates that do not run have none
-        loss = self.loss(dict(self.net.named_parameters()), 0)
-        named = list(self.net.named_parameters())
-        grads = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
-        self.parameters = {name: p.detach() for (name, p), g in zip(named, grads) if g is not None}
+        # What a gradient can be taken of: candidates that do not run have none
+        named = dict(self.net.named_parameters())
+        grads = torch.autograd.grad(self.loss(named, 0), named.values(), allow_unused=True)
+        self.parameters = {name: p.detach() for (name, p), g in zip(named.items(), grads) if g is not None}
         self.upper = [name for name in self.parameters if name.startswith(("alphas", "b."))]
         self.lower = [name for name in self.parameters if name not in self.upper]
 
@@ -42,20 +41,15 @@ class Problem:
         x = self.x[batch].contiguous(memory_format=torch.channels_last)
         return F.cross_entropy(functional_call(self.net, (parameters, buffers), x), self.y[batch])
 
-    def leaves(self):
-        return {name: p.clone().requires_grad_() for name, p in self.parameters.items()}
-
-    def moved(self, direction, step):
+    def leaves(self, direction=None, step=0.0):
         """Leaves at parameters + step * direction."""
+        direction = direction or {}
         return {name: (p + step * direction.get(name, 0.0)).requires_grad_() for name, p in self.parameters.items()}
 
 
 @pytest.fixture(params=["darts", "sparse"])
-def problem(request):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield Problem(request.param)
-    torch.set_num_threads(threads)
+def problem(request, one_thread):
+    return Problem(request.param)
 
 
 def distance(a, b):
@@ -64,27 +58,22 @@ def distance(a, b):
     return float((a - b).norm() / b.norm())
 
 
-def test_hessian_vector_products(problem):
-    """Of all parameters, of the architecture's alone, of the weights' alone."""
+def test_gradients_and_hessian_vector_products(problem):
+    """Of all parameters, of the architecture's alone, of the weights' alone; the gradient is torch.func's, too."""
     leaves = problem.leaves()
     first = torch.autograd.grad(problem.loss(leaves, 0), leaves.values(), create_graph=True)
+    func = torch.func.grad(problem.loss)(problem.parameters, 0)
+    torch.testing.assert_close(tuple(func.values()), first, rtol=1e-12, atol=1e-12)
     for names in (list(leaves), problem.upper, problem.lower):
         v = {name: torch.randn_like(leaves[name]) for name in names}
         along = sum((g * v[name]).sum() for name, g in zip(leaves, first) if name in v)
         product = torch.autograd.grad(along, leaves.values(), retain_graph=True)
         ends = []
         for step in (STEP, -STEP):
-            moved = problem.moved(v, step)
+            moved = problem.leaves(v, step)
             ends.append(torch.autograd.grad(problem.loss(moved, 0), moved.values()))
         differences = [(ahead - behind) / (2 * STEP) for ahead, behind in zip(*ends)]
         assert distance(product, differences) < 1e-5
-
-
-def test_func_gives_the_gradient_of_autograd(problem):
-    leaves = problem.leaves()
-    mine = torch.func.grad(problem.loss)(problem.parameters, 0)
-    theirs = torch.autograd.grad(problem.loss(leaves, 0), leaves.values())
-    torch.testing.assert_close(tuple(mine.values()), theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_the_architectures_gradient_through_a_step_of_the_weights(problem):
@@ -103,9 +92,7 @@ def test_the_architectures_gradient_through_a_step_of_the_weights(problem):
     first = torch.autograd.grad(after_a_step(leaves), upper)  # the step held fixed
     assert distance(first, second) > 0.05
 
-    for _ in range(2):
-        v = {name: torch.randn_like(leaves[name]) for name in problem.upper}
-        ends = [after_a_step(problem.moved(v, step)).detach() for step in (STEP, -STEP)]
-        difference = (ends[0] - ends[1]) / (2 * STEP)
-        slope = sum((g * v[name]).sum() for name, g in zip(problem.upper, second))
-        assert abs(float(difference - slope)) < 1e-5 * abs(float(slope))
+    v = {name: torch.randn_like(leaves[name]) for name in problem.upper}
+    ends = [after_a_step(problem.leaves(v, step)).detach() for step in (STEP, -STEP)]
+    slope = sum((g * v[name]).sum() for name, g in zip(problem.upper, second))
+    assert abs(float((ends[0] - ends[1]) / (2 * STEP) - slope)) < 1e-5 * abs(float(slope))

@@ -21,12 +21,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def seeded_on_one_thread():  # networks are tiny, and two threads beside other programs take 40 times as long
+def seed(one_thread):
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny(*flags, count=64):
@@ -57,17 +53,13 @@ def freeze_all(s):
     return s.net
 
 
-# -----------------------------------------------------------------------------
-# Flags
-# -----------------------------------------------------------------------------
+# -------- Flags ------------------------------------------------------------------------------------------------------
 
 PRINTED = ("printed", [0.02, 0.05], [1e-8, 1e-6], [0.001, 0.05], [1e-4, 5e-4])
 SCALE_FREE = ("scale-free", [0.001], [10.0], [1e-4, 0.1], [1e-4, 1e-2])
 UPDATES = {
-    "": PRINTED, "--preset scale-free": SCALE_FREE, "--updates scale-free": SCALE_FREE,
-    "--preset quick": ("scale-free", [0.04], *SCALE_FREE[2:]),
-    "--preset quick --updates scale-free": ("scale-free", [0.04], *SCALE_FREE[2:]),
-    "--preset quick --updates printed": PRINTED, "--updates=printed --space mobilenet --preset quick": PRINTED,
+    "": PRINTED, "--preset scale-free": SCALE_FREE, "--updates=scale-free": SCALE_FREE,
+    "--preset quick": ("scale-free", [0.04], *SCALE_FREE[2:]), "--preset quick --updates printed": PRINTED,
     "--preset imagenet": (*SCALE_FREE[:4], [1e-5, 1e-2]),
     "--preset scale-free --updates printed --tau-lr 1 --beta 2 3": ("printed", [1.0], [2.0, 3.0], *PRINTED[3:]),
 }  # fmt: skip
@@ -79,12 +71,11 @@ def test_each_preset_has_its_updates_and_their_step_sizes(flags):
     assert (args.updates, args.tau_lr, args.beta, args.lr_range, args.wd_range) == UPDATES[flags]
 
 
-BAD = """--updates ratio | --tau-lr 1 2 3 | --beta | --lr-range 0.1 | --lr 0.2 | --weight-decay 0 | --channels 5
---da-weight p | --genotype DARTS_V2 --train-epochs 0"""
-
-
-@pytest.mark.parametrize("flags", BAD.replace("\n", " | ").split(" | "))
-def test_flags_that_contradict_each_other_are_one_line(flags, one_line):
+@pytest.mark.parametrize(
+    "flags", ["--updates ratio", "--da-weight p", "--tau-lr 1 2 3", "--lr 0.2", "--updates printed --weight-decay 1e-3"]
+)
+def test_flags_of_the_updates_are_checked(flags, one_line):
+    """More of them, of every script, in test_refusals.py."""
     with pytest.raises(SystemExit, match="2"):
         dha.parse_args([*TINY, *flags.split()])
     one_line()
@@ -98,19 +89,16 @@ def test_flags_that_do_nothing_are_said(capsys):
 
 
 def test_cells_have_a_limit_unless_one_is_given_or_the_architecture_is():
-    def limits(*flags):
-        args = dha.parse_args(list(flags))
-        return args.max_params, args.max_flops
-
-    assert limits() == limits("--preset", "quick") == (3_700_000, 0)
-    assert limits("--preset", "imagenet") == (0, 600_000_000) and limits("--space", "mobilenet") == (0, 0)
+    found = []
+    for flags in ("", "--preset quick", "--preset imagenet", "--space mobilenet"):
+        args = dha.parse_args(flags.split())
+        found.append((args.max_params, args.max_flops))
+    assert found == [(3_700_000, 0), (3_700_000, 0), (0, 600_000_000), (0, 0)]
     s, _, _ = tiny("--genotype", "DARTS_V2", "--max-params", "1")
     assert s.net.genotype() == common.GENOTYPES["DARTS_V2"] and common.count_parameters(s.net) > 1
 
 
-# -----------------------------------------------------------------------------
-# The loop
-# -----------------------------------------------------------------------------
+# -------- The loop ---------------------------------------------------------------------------------------------------
 
 
 def loop(tmp_path, monkeypatch, train_step, *flags, count=16):
@@ -137,28 +125,25 @@ def test_an_epochs_record_names_the_support_that_it_trained_with(tmp_path, monke
             for b in s.net.b:
                 b.data.normal_(0, 0.3)
 
-    history, s = loop(tmp_path, monkeypatch, train_step, "--search-epochs", "4", "--train-epochs", "2")
+    history, s = loop(tmp_path, monkeypatch, train_step, "--search-epochs", "3", "--train-epochs", "2")
     supports = [record["support"] for record in history]
-    assert supports == trained[::2] == trained[1::2] and phases(history) == ["search"] * 4 + ["train"] * 2
-    assert all(a != b for a, b in zip(supports[:3], supports[1:4]))  # the decoding changed it in between
-    assert supports[3:] == [s.net.support] * 3  # fixed as it was last trained
-    assert [len(record.get("distances") or []) for record in history] == [8, 8, 8, 0, 0, 0]
+    assert supports == trained[::2] == trained[1::2] and phases(history) == ["search"] * 3 + ["train"] * 2
+    assert supports[0] != supports[1] != supports[2]  # the decoding changed it in between
+    assert supports[2:] == [s.net.support] * 3  # fixed as it was last trained
+    assert [len(record.get("distances") or []) for record in history] == [8, 8, 0, 0, 0]
 
 
-def test_a_node_without_alpha_freezes_only_when_the_search_ends(tmp_path, monkeypatch):
+@pytest.mark.parametrize("zero", [True, False])
+def test_the_search_ends_when_all_nodes_are_frozen_and_one_without_alpha_freezes_at_the_end(
+    zero, tmp_path, monkeypatch
+):
     def train_step(s, images):
-        if not all(s.net.frozen):
+        if zero and not all(s.net.frozen):
             s.net.b[3].data.zero_()  # alpha is 0, and does not move; the others' does not either
 
-    history, s = loop(tmp_path, monkeypatch, train_step, "--search-epochs", "5", "--train-epochs", "1")
-    assert [record["frozen"] for record in history] == [0, 7, 7, 7, 7, 8]
-    assert phases(history) == ["search"] * 5 + ["train"] and all(s.net.frozen)
-
-
-def test_the_search_ends_early_when_all_nodes_are_frozen(tmp_path, monkeypatch):
-    history, s = loop(tmp_path, monkeypatch, lambda s, images: None, "--search-epochs", "9", "--train-epochs", "2")
-    assert phases(history) == ["search", "train", "train"]
-    assert [record["frozen"] for record in history] == [0, 8, 8]
+    history, s = loop(tmp_path, monkeypatch, train_step, "--search-epochs", "3", "--train-epochs", "1")
+    assert [record["frozen"] for record in history] == ([0, 7, 7, 8] if zero else [0, 8])
+    assert phases(history) == ["search"] * (3 if zero else 1) + ["train"] and all(s.net.frozen)
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-hpo"]], ids=["eq3", "cosine"])
@@ -187,13 +172,13 @@ def test_lr_with_warm_up_and_a_cosine_and_drop_path_that_rises(tmp_path, monkeyp
     assert [p for _, p in seen[::2]] == pytest.approx([0, 0.05, 0.1, 0.15]) and seen[::2] == seen[1::2]
 
 
-# -----------------------------------------------------------------------------
-# A state goes on bit for bit
-# -----------------------------------------------------------------------------
+# -------- A state goes on bit for bit --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("updates", ["printed", "scale-free"])
-@pytest.mark.parametrize("kind", ["some frozen", "all frozen", "given", "mobilenet"])
+KINDS = [("some frozen", "printed"), ("all frozen", "scale-free"), ("given", "printed"), ("mobilenet", "scale-free")]
+
+
+@pytest.mark.parametrize("kind, updates", KINDS)
 def test_state_goes_on_bit_for_bit(kind, updates, tmp_path):
     flags = {"given": ["--genotype", "DARTS_V2"], "mobilenet": ["--space", "mobilenet", "--layers", "6"]}.get(kind, [])
 
@@ -227,9 +212,7 @@ def test_state_goes_on_bit_for_bit(kind, updates, tmp_path):
     assert s.previous_lr == other.previous_lr
 
 
-# -----------------------------------------------------------------------------
-# One graph, no waiting, on a GPU
-# -----------------------------------------------------------------------------
+# -------- One graph, no waiting, on a GPU ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -298,37 +281,28 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("updates", ["printed", "scale-free"])
 def test_a_step_on_cuda_never_waits_for_the_host(updates, monkeypatch):
     """On pretended CUDA tensors, which have no values: whatever needs one on the host raises."""
-    s, _, args = tiny("--updates", updates, "--cutout", "16", "--auxiliary-weight", "0.4")
-    s.net.freeze(2)
-    calls = []
+    args = dha.parse_args([*TINY, "--updates", updates, "--cutout", "16", "--auxiliary-weight", "0.4"])
+    support = dha.to_support(common.GENOTYPES["DARTS_V2"])
+    monkeypatch.setattr(dha.SparseSupernet, "decode", lambda net: None)
+    monkeypatch.setattr(dha.SparseSupernet, "set_alpha", lambda net, alpha: setattr(net, "support", support))
+    images, labels = torch.zeros(8, 3, 32, 32, dtype=torch.uint8), torch.zeros(8, dtype=torch.long)
+    data, calls = common.Data(images, labels, images, labels, list(common.SHAPE_CLASSES)), []
 
     def backward(loss):  # autograd's own engine wants a real device
         calls.append(loss.device.type)
         for p in [*s.theta, *s.net.b, s.tau]:
-            p.grad = torch.empty_like(p) if p.requires_grad else None
+            p.grad = torch.empty_like(p)
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in s.net.modules():
-            for name, p in module._parameters.items():
-                if p is not None:
-                    there = torch.empty(p.shape, device="cuda")
-                    module._parameters[name] = torch.nn.Parameter(there, p.requires_grad)
-            for name, b in module._buffers.items():
-                module._buffers[name] = torch.empty(b.shape, dtype=b.dtype, device="cuda")
-        s.net.drop_path_prob = torch.empty((), device="cuda")
+        s = dha.Learned(args, data, torch.device("cuda"))
+        s.net.freeze(2)
         s.collect_theta()
-        s.b_optimizer = torch.optim.Adam(s.net.b)
-        s.tau = torch.empty(14, 14, device="cuda", requires_grad=True)
-        s.tau_optimizer = torch.optim.SGD([s.tau], momentum=0.9, nesterov=True)
-        s.eta = dha.Eta(0.05, 3e-4, updates, 100, device="cuda")
-        s.previous_lr = s.eta.lr
-        s.mean, s.std = torch.empty(3, device="cuda"), torch.empty(3, device="cuda")
-        images = torch.empty(8, 3, 32, 32, dtype=torch.uint8, device="cuda")
-        labels = torch.empty(8, dtype=torch.long, device="cuda")
+        s.net.drop_path_prob = torch.empty((), device="cuda")
+        batch = images.cuda(), labels.cuda()
         with Waits() as waits:
-            for _ in range(2):
-                measured = dha.train_step(s, images, labels, args)
+            for _ in range(2):  # Eq. (3) needs a step before it
+                measured = dha.train_step(s, *batch, args)
         assert measured.device.type == "cuda" and calls == ["cuda"] * 4 and waits.seen == []
         assert waits.unbound == 2 * 8  # a node's strengths at once, not one index after another
         with pytest.raises(Exception, match="local_scalar"):

@@ -131,7 +131,7 @@ SEVERAL = {  # text, what is meant, and how the note calls it
     "its last line names the last": (f"{HEAD}A = {V1}\nB = {V2}\nC = B\n", V2, "C"),
     "its last line names another": (f"{HEAD}A = {V1}\nB = {V2}\nC = A  # the best\n", V1, "C"),
     "a name of a name of a name": (f"A = {V1}\nB = A\nC = {V2}\nD = B\n", V1, "D"),
-    "a name that is given again": (f"A = {V1}\nB = A\nA = {V2}\nC = B\n", V1, "C"),
+    "a name that is given again": (f"A = {PC}\nB = {V1}\nA = {V2}\n", V2, "A"),
     "a name that means none": (f"A = {V1}\nB = {V2}\nC = PRIMITIVES\n", V2, "B"),
     "PC-DARTS'": (KNOWN, PC, "PCDARTS"),
 }
@@ -155,7 +155,7 @@ def test_a_genotype_of_a_file_by_its_name(tmp_path, capsys):
 
     (tmp_path / "run:best").write_text(str(V1))  # a file of this very name
     assert load_genotype(tmp_path / "run:best") == V1
-    with pytest.raises(InputError, match="^cannot use the genotype 'C:.*No such file"):
+    with pytest.raises(InputError, match="No such file or directory: 'C:"):
         load_genotype(r"C:\cells\best")
 
 

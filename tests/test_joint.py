@@ -1,160 +1,35 @@
-"""The parts of joint_darts_faa.py against written-out references: supernet, policy, search step."""
+"""The policy (Eqs. 1 to 3), its file, and the search step (Alg. 1) of joint_darts_faa.py.
+
+Oracles: the equations written out image by image, finite differences, frequencies of many draws, the two gradients of
+Alg. 1 by autograd.grad with torch's own optimizers.
+"""
 
 import copy
 import json
 import math
-from collections import Counter
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import joint_darts_faa as joint
-from common import PRIMITIVES, InputError
+from common import InputError
 from conftest import needs_a_gpu
-from joint_darts_faa import AUGMENTATIONS, SIGNED, DartsSupernet, MixedOp, Policy
+from joint_darts_faa import AUGMENTATIONS, SIGNED, Policy
 from test_dha import Waits
-from written_out import WrittenOut, mixed_operation, pairs
 
 NAMES = list(AUGMENTATIONS)
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def seeded_on_one_thread():  # networks are tiny, and two threads beside other programs take 40 times as long
+def seeded(one_thread):
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
-# -------- The supernet, and the loop over edges and operations that it stands for (Eq. 5) -------------------
-
-
-def both(dtype):
-    """The written-out network and ours with the same weights, alpha far from uniform."""
-    slow = WrittenOut(4, 10, 3).to(dtype)
-    fast = DartsSupernet(4, 10, 3).to(dtype).to(memory_format=torch.channels_last)
-    matched = pairs(slow, fast)
-    for mine, net in zip(zip(*matched), (slow, fast)):
-        assert set(mine) == set(net.parameters())
-    with torch.no_grad():
-        for a, b in matched:
-            if a.shape == (14, 8):
-                a.normal_()
-            b.copy_(a)
-    return slow, fast
-
-
-# 28: the last cells see 7 x 7 pixels
-@pytest.mark.parametrize("size, mode", [(32, "float64"), (28, "float32"), (28, "eval")])
-def test_supernet_equals_the_written_out_mixed_operation(size, mode, monkeypatch):
-    dtype, tolerance = (torch.float32, 1e-5) if mode == "float32" else (torch.float64, 1e-10)
-    if mode == "float32":  # a value within rounding of ReLU's kink would make a jump of 1e-4: without a kink
-        monkeypatch.setattr(F, "relu", lambda x, inplace=False: F.softplus(x))
-    slow, fast = both(dtype)
-    x, y = torch.randn(4, 3, size, size, dtype=dtype), torch.randint(10, (4,))
-    if mode == "eval":
-        for norm in (m for net in (slow, fast) for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)):
-            norm.momentum = None  # running statistics: the mean over all batches
-        slow(x), fast(x)
-        slow.eval(), fast.eval()
-    a, b = slow(x), fast(x.to(memory_format=torch.channels_last))
-    assert (a - b).abs().max() <= tolerance
-    F.cross_entropy(a, y).backward()
-    F.cross_entropy(b, y).backward()
-    largest = max(float(p.grad.abs().max()) for p, _ in pairs(slow, fast))
-    for p, q in pairs(slow, fast):
-        assert p.grad.abs().max() > 0
-        assert (p.grad - q.grad).abs().max() <= tolerance * max(1.0, largest)
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-def test_mixed_operation_is_the_weighted_sum_of_all_operations(stride):
-    """sum_f softmax(alpha)_f f(x), written out, of a tensor and of a state that another edge has read before."""
-    fast, slow = MixedOp(4, stride).double(), mixed_operation(4, stride).double()
-    common.fix_batch_norms(fast)
-    other = MixedOp(4, stride, fast.begin).double()
-    for mine, theirs in zip(slow.parameters(), fast.parameters(), strict=True):
-        mine.data.copy_(theirs)
-    x, alpha = torch.randn(3, 4, 8, 8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
-    found = []
-    for kind in ("written out", "tensor", "state"):
-        leaf, logits = x.clone().requires_grad_(), alpha.clone().requires_grad_()
-        if kind == "written out":
-            shares = logits.exp() / logits.exp().sum()
-            out = sum(share * operation(leaf) for share, operation in zip(shares, slow, strict=True))
-        elif kind == "tensor":
-            out = fast(leaf, logits)
-        else:
-            state = fast.begin(leaf)
-            other(state, alpha).sum().backward(retain_graph=True)
-            out = fast(state, logits)
-        params = list((slow if kind == "written out" else fast).parameters())
-        assert out.shape == (3, 4, 8 // stride, 8 // stride)
-        upstream = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
-        found.append([out, *torch.autograd.grad(out, [leaf, logits, *params], upstream)])
-    for mine in found[1:]:
-        for a, b in zip(mine, found[0], strict=True):
-            assert (a - b).abs().max() <= 1e-10 and b.abs().max() > 1e-3
-
-
-def test_what_the_edges_of_a_state_share_is_computed_once(monkeypatch):
-    """In a cell: of each of the five states that edges read the ReLU and the two pools."""
-    cell, ran, relu = joint.DartsCell(4, 4, 4, reduction=True, halved=False), Counter(), F.relu
-    kinds = (torch.nn.MaxPool2d, torch.nn.AvgPool2d)
-    pools = [module for module in cell.modules() if isinstance(module, kinds) and module.kernel_size == 3]
-    assert len(pools) == 5 * 2  # no edge has others of its own
-    for module in pools:
-        module.register_forward_hook(lambda module, *_: ran.update([type(module).__name__]))
-    monkeypatch.setattr(F, "relu", lambda *given, **named: ran.update(["relu"]) or relu(*given, **named))
-    x = torch.randn(2, 4, 8, 8)
-    assert cell(x, x, torch.zeros(14, 8)).shape == (2, 16, 4, 4)
-    inside = 14 * 2 + 8 * 2  # the second ReLUs of the sep_convs, and two of each factorized reduction
-    assert ran == {"MaxPool2d": 5, "AvgPool2d": 5, "relu": 2 + 5 + inside}
-
-
-def test_supernet_has_the_published_size_and_takes_odd_images():
-    net = DartsSupernet(16, 10, 8)
-    assert [tuple(a.shape) for a in net.alphas()] == [(14, 8), (14, 8)]
-    assert common.count_parameters(net) - sum(a.numel() for a in net.alphas()) == 1_930_618
-    assert DartsSupernet(4, 10, 3)(torch.randn(2, 3, 31, 31)).shape == (2, 10)
-
-
-def test_batch_norms_of_the_cells_are_no_weights_and_stay_as_they_are():
-    net = DartsSupernet(4, 10, 3)
-    norms = [m for m in net.cells.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    assert not any(list(norm.parameters()) for norm in norms)
-    assert all(p.ndim > 1 for p in net.cells.parameters())
-    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
-    F.cross_entropy(net(torch.randn(4, 3, 16, 16)), torch.arange(4)).backward()
-    ran = sum(p.grad is not None for p in net.parameters())
-    assert ran == len(list(net.parameters()))  # nothing in it is dead
-    optimizer.step()
-    assert all((norm.weight == 1).all() and not norm.bias.any() for norm in norms)
-
-
-def test_genotype_keeps_the_two_strongest_edges_of_every_node():
-    net = DartsSupernet(4, 10, 3)
-    with torch.no_grad():
-        for alphas in net.alphas():
-            alphas.normal_()
-            alphas[:, 0] = 9  # "none" is never kept, however strong
-    genotype = net.genotype()
-    for alphas, edges in zip(net.alphas(), (genotype.normal, genotype.reduce)):
-        rows = iter(alphas.detach().softmax(1))
-        for j in range(4):
-            weight = [next(rows)[1:] for _ in range(j + 2)]
-            kept = sorted(sorted(range(j + 2), key=lambda state: float(weight[state].max()))[-2:])
-            assert edges[2 * j : 2 * j + 2] == [(PRIMITIVES[1 + int(weight[s].argmax())], s) for s in kept]
-    assert common.Network(genotype, 10, 4, 3)(torch.randn(2, 3, 32, 32)).shape == (2, 10)
-
-
-# -------- The policy ----------------------------------------------------------------------------------------
+# -------- The policy ------------------------------------------------------------------------------------------------
 
 
 def test_policy_has_three_numbers_for_every_operation():
@@ -167,10 +42,12 @@ def test_policy_has_three_numbers_for_every_operation():
 def test_soft_policy_is_equations_1_to_3_written_out():
     """One image and one operation after the other, with the policy's own random numbers."""
     policy, images = Policy(3, 2, 0.3).double(), torch.rand(5, 3, 9, 8, dtype=torch.float64)
+    before = images.clone()
     for p in policy.parameters():
         p.data.mul_(0.8).add_(0.1)
     torch.manual_seed(1)
     ours = policy(images)
+    assert torch.equal(images, before)
     torch.manual_seed(1)
     which = torch.randint(3, (5,))
     noises, signs = torch.rand(5, 2, 16, dtype=torch.float64), 1 - 2 * torch.randint(2, (5, 2, 16))
@@ -192,41 +69,24 @@ def test_soft_policy_is_equations_1_to_3_written_out():
     torch.testing.assert_close(ours, images, rtol=0, atol=1e-12)
 
 
-def recorded_magnitudes(monkeypatch, policy, images):
-    """What every operation got in policy(images): name -> (stages, B)."""
+def test_every_image_draws_its_sub_policy_and_every_operation_its_sign(monkeypatch):
+    policy, count = Policy(4, 2), 3000
+    with torch.no_grad():
+        policy.mu.copy_(torch.arange(1, 5).view(4, 1, 1) / 10)  # tells which sub-policy it is
     seen = {name: [] for name in NAMES}
     for name in NAMES:
+        monkeypatch.setitem(AUGMENTATIONS, name, lambda x, m, name=name: seen[name].append(m.detach()) or x)
+    policy(torch.rand(count, 3, 1, 1))
+    magnitudes = torch.cat([torch.stack(seen[name]) for name in NAMES])  # (16 operations x 2 stages, images)
+    assert torch.equal(magnitudes.abs(), magnitudes[0].abs().expand(32, count))
+    shares = torch.unique(magnitudes[0].abs(), return_counts=True)[1]
+    assert shares.tolist() == pytest.approx([count / 4] * 4, abs=150)
 
-        def note(x, m, name=name):
-            seen[name].append(m.detach().clone())
-            return x
-
-        monkeypatch.setitem(joint.AUGMENTATIONS, name, note)
-    policy(images)
-    return {name: torch.stack(values) for name, values in seen.items()}
-
-
-def test_every_image_and_operation_draws_its_own_sign(monkeypatch):
-    policy = Policy(3, 2)
-    seen = recorded_magnitudes(monkeypatch, policy, torch.rand(3000, 3, 1, 1))
-    signs = torch.stack([seen[name].sign() for name in NAMES if name in SIGNED])  # (9, 2, 3000)
-    rows = signs.flatten(0, 1)  # every operation in every stage
-    assert (rows.abs() == 1).all() and rows.mean(1).abs().max() < 5 / math.sqrt(3000)
-    together = rows @ rows.T / 3000 - torch.eye(18)
-    assert together.abs().max() < 5 / math.sqrt(3000)  # one sign for all operations makes this 1
-    for name in NAMES:
-        if name not in SIGNED:
-            assert seen[name].min() >= 0
-
-
-def test_sub_policies_are_drawn_image_by_image(monkeypatch):
-    policy = Policy(4, 2)
-    with torch.no_grad():
-        policy.mu.copy_(torch.arange(1, 5).view(4, 1, 1) / 10)
-    seen = recorded_magnitudes(monkeypatch, policy, torch.rand(4000, 3, 1, 1))
-    which = torch.cat(list(seen.values())).abs()
-    assert (which == which[0]).all()  # the same in all operations and stages
-    assert torch.unique(which[0], return_counts=True)[1].tolist() == pytest.approx([1000] * 4, abs=150)
+    signed = torch.tensor([name in SIGNED for name in NAMES]).repeat_interleave(2)
+    assert (magnitudes[~signed] > 0).all()
+    signs = magnitudes[signed].sign()  # (18, images)
+    together = signs @ signs.T / count - torch.eye(18)
+    assert signs.mean(1).abs().max() < 5 / math.sqrt(count) > together.abs().max()  # one sign for all makes this 1
 
 
 def one_operation(name):
@@ -260,7 +120,7 @@ def test_policy_gradients(name):
         want = (values[1] - values[2]) / 2e-6
         assert float(parameter.grad[0, 0, n]) == pytest.approx(want, rel=1e-4, abs=1e-8)
         assert abs(want) > 1e-6 or name == "Equalize"  # which leaves so few pixels as they are
-    got, share = float(policy.mu.grad[0, 0, n]), 0
+    got = float(policy.mu.grad[0, 0, n])
     if name in ("Solarize", "Posterize"):  # straight through, -1
         torch.manual_seed(3)
         torch.randint(1, (3,))
@@ -288,14 +148,17 @@ def test_no_nan_at_the_ends_of_p_and_mu(end):
     assert (policy.p == 1).all() and (policy.mu == 0).all()
 
 
-@pytest.mark.parametrize("size", [(1, 1), (7, 5), (32, 32)])
-def test_policy_is_pure_and_keeps_range_and_size(size):
-    policy, images = Policy(3, 2), torch.rand(1, 3, *size)
-    before = images.clone()
-    for out in (policy(images), joint.augment(images, policy)):
-        assert out.shape == images.shape and torch.equal(images, before)
-        assert 0 <= out.min() and out.max() <= 1
-    assert not out.requires_grad
+def test_the_policys_gradient_is_the_same_bit_for_bit_on_two_threads():
+    """Indexing by [which] adds in an order that differs from run to run where a batch is large."""
+    torch.set_num_threads(2)
+    images, upstream = torch.rand(1024, 3, 2, 2), torch.randn(1024, 3, 2, 2)
+    policy, found = Policy(10, 1), []
+    for _ in range(3):
+        torch.manual_seed(0)
+        policy.zero_grad()
+        policy(images).backward(upstream)
+        found.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def test_drawn_operations_have_the_frequencies_that_the_parameters_say(monkeypatch):
@@ -303,10 +166,8 @@ def test_drawn_operations_have_the_frequencies_that_the_parameters_say(monkeypat
     monkeypatch.setattr(joint, "apply_each", lambda images, *drawn: seen.append(drawn) or images)
     joint.augment(torch.rand(count, 3, 1, 1), policy)
     ((choice, magnitude),) = seen
-    weight, p, mu = policy.selection()[:, 0], policy.p.detach()[:, 0], policy.mu.detach()[:, 0]
-    torch.testing.assert_close(
-        weight, torch.exp(policy.z[:, 0] / 0.4).detach() / torch.exp(policy.z[:, 0] / 0.4).detach().sum(1, keepdim=True)
-    )
+    z, p, mu = (parameter.detach()[:, 0] for parameter in (policy.z, policy.p, policy.mu))
+    weight = torch.exp(z / 0.4) / torch.exp(z / 0.4).sum(1, keepdim=True)
     expected = torch.cat([(weight * (1 - p)).sum(1).mean().view(1), (weight * p).mean(0)]) * count
     counts = torch.bincount((choice + 1) % 17, minlength=17)  # 16, which is no operation, comes first
     assert expected.min() > 5
@@ -323,6 +184,7 @@ def test_soft_policy_becomes_the_drawn_one_where_nothing_is_uncertain(monkeypatc
         policy.p.round_()
         policy.z.zero_().scatter_(2, torch.randint(16, (5, 3, 1)), 1.0)
     images = (torch.rand(64, 3, 12, 12) * 255).round() / 255
+    before = images.clone()
 
     def in_turn(high, shape, device=None):  # an image's sub-policy, and its sign in every operation
         return (torch.arange(shape[0]) % high).view(-1, *[1] * (len(shape) - 1)).expand(shape)
@@ -330,10 +192,11 @@ def test_soft_policy_becomes_the_drawn_one_where_nothing_is_uncertain(monkeypatc
     monkeypatch.setattr(torch, "randint", in_turn)
     soft, drawn = policy(images).detach(), joint.augment(images, policy)
     assert torch.allclose(soft, drawn, atol=3e-2) and (soft - drawn).abs().mean() < 1e-4
-    assert not torch.allclose(images, drawn, atol=0.1)
+    assert torch.equal(images, before) and not torch.allclose(images, drawn, atol=0.1)
+    assert 0 <= drawn.min() and drawn.max() <= 1 and not drawn.requires_grad
 
 
-# -------- policy.json ---------------------------------------------------------------------------------------
+# -------- policy.json -----------------------------------------------------------------------------------------------
 
 
 def test_saved_policy_comes_back_and_can_be_read(tmp_path):
@@ -343,50 +206,47 @@ def test_saved_policy_comes_back_and_can_be_read(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), again.parameters(), strict=True))
     assert not any(p.requires_grad for p in again.parameters()) and again.eta == policy.eta
     content = json.loads((tmp_path / "policy.json").read_text())
-    assert content["operations"] == NAMES
+    assert content["operations"] == NAMES and content.keys() == {"operations", "eta", "z", "p", "mu"}
     assert content["mu"][2][1][NAMES.index("Rotate")] == policy.mu[2, 1, NAMES.index("Rotate")].item()
-    assert content.keys() == {"operations", "eta", "z", "p", "mu"}
 
 
 DAMAGE = {  # changes in place
-    "operation missing": lambda c: c["operations"].pop(),
     "unknown operation": lambda c: c["operations"].__setitem__(3, "Blur"),
     "other order": lambda c: c["operations"].reverse(),
     "probability above 1": lambda c: c["p"][0][0].__setitem__(0, 1.5),
     "magnitude below 0": lambda c: c["mu"][1][1].__setitem__(0, -0.1),
-    "not a number": lambda c: c["z"][0][0].__setitem__(0, math.nan),
-    "magnitude not a number": lambda c: c["mu"][0][0].__setitem__(0, math.nan),
+    "not a number": lambda c: c["mu"][0][0].__setitem__(0, math.nan),
     "infinite": lambda c: c["z"][0][0].__setitem__(0, math.inf),
-    "too large": lambda c: c["z"][0][0].__setitem__(0, 10**400),
-    "a word": lambda c: c["z"][0][0].__setitem__(0, "large"),
     "stages differ": lambda c: c["z"][0].pop(),
-    "stage missing": lambda c: [sub.pop() for sub in c["p"]],
     "no sub-policy": lambda c: [c[name].clear() for name in ("z", "p", "mu")],
-    "no stage": lambda c: [sub.clear() for name in ("z", "p", "mu") for sub in c[name]],
     "no mu": lambda c: c.pop("mu"),
     "eta": lambda c: c.update(eta=0),
-    "eta not a number": lambda c: c.update(eta=math.nan),
-    "eta a list": lambda c: c.update(eta=[1]),
     "dha": lambda c: (c.clear(), c.update(operations=NAMES, probability=[[1.0]])),
+    "text": None,
 }
 
 
-@pytest.mark.parametrize("kind", [*DAMAGE, "text", "list", "no UTF-8", "no such file", "a directory"])
+@pytest.mark.parametrize("kind", DAMAGE)
 def test_bad_policy_files_are_refused(kind, tmp_path):
     path, content = tmp_path / "policy.json", Policy(2, 2).as_dict()
-    DAMAGE.get(kind, len)(content)
-    path.write_text({"text": "policy", "list": "[1, 2]"}.get(kind) or json.dumps(content))
-    if kind == "no UTF-8":
-        path.write_bytes(b"\xff\xfe{}")
-    path = {"no such file": tmp_path / "nothing", "a directory": tmp_path}.get(kind, path)
+    path.write_text("policy")
+    if kind != "text":
+        DAMAGE[kind](content)
+        path.write_text(json.dumps(content))
     with pytest.raises(InputError, match="cannot use the policy") as error:
         joint.load_policy(path)
     assert "\n" not in str(error.value) and ("dha.py" in str(error.value)) == (kind == "dha")
 
 
-# -------- The search step (Alg. 1) --------------------------------------------------------------------------
+# -------- The search step (Alg. 1) ----------------------------------------------------------------------------------
 
 TINY = "--preset quick --gpu -1 --search-channels 2 --search-layers 3 --search-batch-size 8 --out no-such-run".split()
+
+
+@pytest.fixture
+def one_node(monkeypatch):
+    """Cells of one node: the step is what is tested."""
+    monkeypatch.setattr(joint, "NODES", 1)
 
 
 def small_search(*flags):
@@ -394,16 +254,11 @@ def small_search(*flags):
     data = common.Data(*common.shapes(40, 0), *common.shapes(10, 1), list(common.SHAPE_CLASSES))
     genotype = common.load_genotype(args.genotype) if args.genotype else None
     s = joint.JointSearch(args, data, CPU, genotype)
-    images = data.train_images
-    val, train = ((images[k : k + 8], data.train_labels[k : k + 8]) for k in (0, 8))
+    val, train = ((data.train_images[k : k + 8], data.train_labels[k : k + 8]) for k in (0, 8))
     return s, (val, train), args
 
 
-def copies(params):
-    return [p.detach().clone() for p in params]
-
-
-def test_search_steps_are_algorithm_1(monkeypatch):
+def test_search_steps_are_algorithm_1(one_node, monkeypatch):
     """Against the two gradients by autograd.grad and torch's own Adam and SGD, on a copy, same noise."""
     monkeypatch.setattr(joint, "GRAD_CLIP", 0.5)
     s, (val, train), args = small_search("--stages", "1")
@@ -455,7 +310,7 @@ class Backwards(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_each_half_computes_its_own_gradients_and_no_others(monkeypatch):
+def test_each_half_computes_its_own_gradients_and_no_others(one_node, monkeypatch):
     s, batches, _ = small_search()
     seen, count = [], Backwards()
     for name in ("policy", "alpha", "w"):
@@ -474,7 +329,7 @@ def test_each_half_computes_its_own_gradients_and_no_others(monkeypatch):
     assert seen[2:] == [("w", {False}, {True}, True, warps)] and warps > 0
 
 
-def test_given_parts_are_not_searched():
+def test_given_parts_are_not_searched(one_node):
     for policy in ("policy.json", "none"):
         s, batches, _ = small_search("--policy", policy)
         assert s.policy is None and len(s.upper) == 2
@@ -483,12 +338,12 @@ def test_given_parts_are_not_searched():
     s, batches, _ = small_search("--genotype", "DARTS_V2")
     assert not s.alphas and len(s.upper) == 3 and isinstance(s.net, common.Network)
     assert s.state_dict().keys() == {"net", "w_optimizer", "policy", "policy_optimizer"}
-    before = copies(s.upper)
+    before = [p.detach().clone() for p in s.upper]
     joint.search_step(s, *batches)
     assert not any(torch.equal(a, b) for a, b in zip(before, s.upper))
 
 
-def test_a_search_step_on_cuda_never_waits_for_the_host(monkeypatch):
+def test_a_search_step_on_cuda_never_waits_for_the_host(one_node, monkeypatch):
     """On pretended CUDA tensors, which have no values: whatever needs one on the host raises."""
     calls = []
 

@@ -1,6 +1,5 @@
 """dha.py's policy (Eq. 2). Oracles: expected gradients over all draws and in closed form, chi-squared, torch's SGD."""
 
-import copy
 import math
 
 import pytest
@@ -8,20 +7,20 @@ import torch
 
 import common
 import dha
-from test_dha import seeded_on_one_thread, step, tiny  # noqa: F401, for every test
+from test_dha import step, tiny
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def seed(one_thread):
+    torch.manual_seed(0)
 
 
 def chi_squared(counts, expected):
     """Are these the frequencies, to five standard deviations?"""
     freedom = len(counts) - 1
     return ((counts - expected) ** 2 / expected).sum() < freedom + 5 * math.sqrt(2 * freedom)
-
-
-# -----------------------------------------------------------------------------
-# Pairs of operations
-# -----------------------------------------------------------------------------
 
 
 def test_pairs_have_the_policys_frequencies():
@@ -31,11 +30,10 @@ def test_pairs_have_the_policys_frequencies():
     assert chi_squared(torch.bincount(dha.sample_pairs(tau, n), minlength=196), expected)
 
 
-def test_pairs_are_drawn_even_where_tau_is_not_finite():
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_pairs_are_drawn_even_where_tau_is_not_finite(value):
     """The end of the epoch says so in one line; until then a step must not raise (on a GPU: break the device)."""
-    for value in (math.nan, math.inf):
-        pairs = dha.sample_pairs(torch.full((14, 14), value), 8)
-        assert pairs.shape == (8,) and 0 <= pairs.min() and pairs.max() < 196
+    assert dha.sample_pairs(torch.full((14, 14), value), 8).shape == (8,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -59,11 +57,6 @@ def test_pairs_are_applied_one_after_the_other_with_magnitudes_of_their_own(dtyp
             assert chi_squared(torch.histc(m.abs(), 20, 0, 1), 200)
             signs = (m < 0).float().mean()
             assert signs == pytest.approx(0.5, abs=0.04) if name in dha.SIGNED else signs == 0
-
-
-# -----------------------------------------------------------------------------
-# The loss
-# -----------------------------------------------------------------------------
 
 
 def gradient(tau, pairs, losses, *how):
@@ -90,16 +83,12 @@ def test_expected_gradient_of_the_loss(how):
     torch.testing.assert_close(total, expected, rtol=0, atol=1e-12)
 
 
-def test_printed_is_the_mean_of_p_times_a_constant_loss():
-    tau, pairs, losses = torch.randn(14, 14), torch.randint(196, (64,)), torch.rand(64, requires_grad=True)
-    tau.requires_grad_()
-    loss = dha.policy_loss(tau, pairs, losses)  # the default
-    loss.backward()
-    p = tau.exp() / tau.exp().sum()
-    torch.testing.assert_close(loss, -(p[pairs // 14, pairs % 14] * losses).sum() / 64)
+def test_the_losses_are_constants_and_other_updates_are_refused():
+    tau, losses = torch.zeros(14, 14, requires_grad=True), torch.rand(64, requires_grad=True)
+    dha.policy_loss(tau, torch.randint(196, (64,)), losses).backward()
     assert losses.grad is None and tau.grad.any()
     with pytest.raises(ValueError, match="'ratio'"):
-        dha.policy_loss(tau, pairs, losses, "ratio")
+        dha.policy_loss(tau, torch.zeros(64, dtype=torch.long), losses, "ratio")
 
 
 def test_two_processes_have_the_gradient_of_one():
@@ -114,14 +103,9 @@ def test_two_processes_have_the_gradient_of_one():
     assert not torch.allclose(own_mean[0] + own_mean[1], gradient(tau, pairs, losses, "scale-free"))
 
 
-# -----------------------------------------------------------------------------
-# Many steps of Eq. (2) alone: every pair has a mean loss of its own, and noise as large as that
-# -----------------------------------------------------------------------------
-
-
-def after(args, loss, steps, seed):
-    """p(tau) after so many steps with the flags of a run."""
-    torch.manual_seed(seed)
+def after(steps, loss, *preset):
+    """p(tau) after steps of Eq. (2) alone: every pair has its own mean loss, (196,), and noise as large as that."""
+    args = dha.parse_args([*preset, "--channels", "4", "--layers", "3", "--auxiliary-weight", "0", "--out", "none"])
     data = common.Data(*common.shapes(args.batch_size, 1), *common.shapes(20, 2), list(common.SHAPE_CLASSES))
     s = dha.Learned(args, data, CPU)  # has tau and its optimizer
     s.tau_optimizer.param_groups[0]["lr"] = args.tau_lr[0]
@@ -134,29 +118,22 @@ def after(args, loss, steps, seed):
     return s.tau.detach().flatten().softmax(0)
 
 
-def flags(*more):
-    return dha.parse_args(["--channels", "4", "--layers", "3", "--auxiliary-weight", "0", "--out", "none", *more])
-
-
 HARD = torch.ones(196)
 HARD[:39] = 1.2
 SHARE = float((HARD / 0.3).softmax(0)[:39].sum())  # p ~ exp(l / 0.3): from 0.199 at the start to 0.326
 
 
-def test_equal_losses_leave_the_policy_near_uniform_but_not_the_printed_one_at_large_steps():
-    """For 5 times the 651 steps of quick, at its step."""
-    p = after(flags("--preset", "quick"), torch.ones(196), 3_255, 0)
+def test_equal_losses_leave_the_policy_near_uniform():
+    """For twice the 651 steps of quick, at its step."""
+    p = after(1_302, torch.ones(196), "--preset", "quick")
     assert torch.special.entr(p).sum() > 5.2 and p.max() < 0.02
-    collapsed = after(flags("--batch-size", "64", "--tau-lr", "10"), torch.ones(196), 1_000, 0)
-    assert collapsed.max() > 0.9
 
 
 def test_harder_pairs_gain_as_the_closed_form_says_at_quicks_step():
-    args = flags("--preset", "quick")
-    shares = [float(after(args, HARD, 651, seed)[:39].sum()) for seed in range(4)]
-    assert SHARE == pytest.approx(0.326, abs=1e-3) and sum(shares) / 4 == pytest.approx(SHARE, abs=0.03)
-    p = after(args, HARD, 2_600, 9)  # and it stays there
-    assert float(p[:39].sum()) == pytest.approx(SHARE, abs=0.05) and p.max() < 0.03
+    assert SHARE == pytest.approx(0.326, abs=1e-3)
+    for steps in (651, 1_302):  # and it stays there
+        p = after(steps, HARD, "--preset", "quick")
+        assert float(p[:39].sum()) == pytest.approx(SHARE, abs=0.05) and p.max() < 0.03
 
 
 @pytest.mark.slow
@@ -164,13 +141,8 @@ def test_harder_pairs_gain_as_the_closed_form_says_at_quicks_step():
 def test_harder_pairs_gain_as_the_closed_form_says(preset, share):
     """The printed one, with its authors' settings, stays near uniform."""
     for steps in (15_000, 60_000):
-        p = after(flags("--preset", preset), HARD, steps, 0)
+        p = after(steps, HARD, "--preset", preset)
         assert float(p[:39].sum()) == pytest.approx(share, abs=0.03) and p.max() < 0.02
-
-
-# -----------------------------------------------------------------------------
-# In a step of training
-# -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("updates", ["printed", "scale-free"])
@@ -199,7 +171,6 @@ def test_a_step_moves_tau_by_the_losses_of_its_own_images(updates, monkeypatch):
 
 def test_without_da_nothing_is_drawn(monkeypatch):
     s, data, args = tiny("--no-da")
-    before = copy.deepcopy(s.tau)
     monkeypatch.setattr(dha, "apply_pairs", None)
     step(s, data, args, 0)
-    assert torch.equal(s.tau, before) and s.tau.grad is None
+    assert not s.tau.any() and s.tau.grad is None
