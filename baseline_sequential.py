@@ -2,16 +2,16 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.4", "torchvision>=0.19", "numpy", "pillow", "tqdm", "matplotlib", "scipy"]
 # ///
-"""The baselines of both papers: the same parts one after the other.
+"""The sequential baselines of both papers, the same parts one after the other; and plain DARTS.
 
     python baseline_sequential.py --method faa-darts --preset quick              # minutes on 2 CPU cores
     python baseline_sequential.py --method dha --dataset cifar10 --gpu 0         # the paper's size
     python baseline_sequential.py --resume --out runs/baseline_sequential-cifar10-seed0
     python baseline_sequential.py --compare runs/*                               # a table of runs of any script
 
-What "one after the other" means stands in three functions, faa_then_darts, darts and nas_then_train: a line is a stage,
-an ordinary run of a script in a folder of --out, which hands what it found to the next one. So both sides of a
-comparison share their code. Flags that --help does not list go to the scripts of the stages.
+Each line of faa_then_darts, darts and nas_then_train runs one script, in a folder of its own in --out, and passes on
+what it found. So both sides of a comparison share their code. The scripts get all flags but --method, --compare and
+those of Faster AutoAugment; see their --help.
 
 faa-darts and darts are "Baseline" and "DARTS" of Kashima et al. (https://arxiv.org/abs/2012.09407), dha is the
 "Sequential DHA" of Zhou et al. (https://arxiv.org/abs/2109.05765). The rest of this file is what no other script has,
@@ -61,12 +61,12 @@ from joint_darts_faa import AUGMENTATIONS, QUIET, RANK, WORLD, Policy, at_least,
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One after the other. stage(folder, script, flags ..., name=file) runs `script flags --name file` in a folder of --out,
-# and returns the folder
+# and returns the folder. (JOINT, DHA and Stages: below Faster AutoAugment. FASTER_AA: below the flags)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def faa_then_darts(stage: "Stages") -> None:
-    """A policy, for a small network of its own; cells, searched without the policy [P]; training of both together."""
+    """A policy, learned with a WideResNet; cells, searched without the policy [P]; training of the cells with it."""
     policy = stage("policy", FASTER_AA) / "policy.json"
     genotype = stage("search", JOINT, "--policy", "none", "--search-only") / "genotype.json"
     stage("train", JOINT, genotype=genotype, policy=policy)
@@ -181,7 +181,7 @@ class PolicySearch:
         self.policy = Policy(args.sub_policies, args.stages).to(device)
         self.net_optimizer = torch.optim.Adam(self.net.parameters(), args.faa_lr, betas=(0.0, 0.999))
         self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), args.policy_lr, betas=(0.0, 0.999))
-        self.saved = {  # for the checkpoint
+        self.learned = {  # for the checkpoint
             "net": self.net,
             "policy": self.policy,
             "net_optimizer": self.net_optimizer,
@@ -189,10 +189,10 @@ class PolicySearch:
         }
 
     def state_dict(self) -> dict:
-        return {name: module.state_dict() for name, module in self.saved.items()}
+        return {name: module.state_dict() for name, module in self.learned.items()}
 
     def load_state_dict(self, saved: dict) -> None:
-        for name, module in self.saved.items():
+        for name, module in self.learned.items():
             module.load_state_dict(saved[name])
 
     def judge(self, x: Tensor, amp: bool) -> tuple[Tensor, Tensor]:
@@ -388,9 +388,10 @@ DHA = Script((dha.__file__, common.__file__), dha.parse_args, dha.prepare_dha, d
 
 
 class Stages:
-    """Runs the stages of a baseline. When a stage is called for the first time, its flags and data are only checked.
+    """Runs the stages of a baseline, which is called twice: in the first pass each stage's flags and data are checked.
 
-    So a wrong flag of the last stage is found before the first one begins. argv: the baseline's command line.
+    In the second pass it runs. So a wrong flag of the last stage is found before the first one begins. argv: the
+    baseline's command line.
     """
 
     def __init__(self, argv: list[str], args: argparse.Namespace, device: torch.device):
@@ -420,10 +421,12 @@ class Stages:
         begun = self.args.resume and (out / "config.json").exists()
         if begun and (out / "result.json").exists():
             return None
+        if not begun and (out.parent / "config.json").exists():
+            raise InputError(f"{out} is missing: begin the baseline anew in another --out")
 
         argv = self.argv if script is FASTER_AA else without_own_flags(self.argv)
         argv = [*argv, *own_flags, "--out", str(out)]
-        if not begun:  # else they are copied already, and --out may have been moved since
+        if not begun:  # else its config.json has these flags; and --out may have been moved since
             for name, file in files.items():
                 argv += [f"--{name}", str(file)]
         with contextlib.redirect_stdout(None):  # no notes: a flag that one stage does not use is for another
@@ -509,6 +512,9 @@ def compare(folders: list[str]) -> str:
             hidden = {*joint_darts_faa.PLACES, "seed", "compare", "preset"} - {"amp"}
             if result["dataset"] == "folder":
                 hidden.remove("data_dir")
+            for given in ("genotype", "policy"):  # files by their name, because a path may contain the seed
+                if settings.get(given):
+                    settings[given] = Path(settings[given]).name
             shown = [(name, str(value)) for name, value in settings.items() if name not in hidden]
             rows.setdefault((result["dataset"], result["method"], tuple(sorted(shown))), []).append(numbers)
         except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -538,7 +544,7 @@ def compare(folders: list[str]) -> str:
 # Flags
 # ---------------------------------------------------------------------------------------------------------------------
 
-PRESETS = {  # those of the scripts, which set their own flags; and for Faster AutoAugment
+PRESETS = {  # the names of the scripts' presets; here only what they change in Faster AutoAugment
     "paper": {},  # the defaults of the flags
     "quick": dict(dataset="shapes", faa_epochs=6, faa_batch_size=64, depth=10, width=1, policy_lr=1e-2),  # [C]
     "scale-free": {},
@@ -551,7 +557,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         usage="%(prog)s --method METHOD [flags, also of the scripts that it runs]",
         description=__doc__.split("\n")[0] + " Values are the paper's [P], public code's [A] or ours [C].",
-        epilog="All other flags go to joint_darts_faa.py (faa-darts, darts) or dha.py (dha): see their --help.",
+        epilog="More flags: those of joint_darts_faa.py (faa-darts, darts) or dha.py (dha); see their --help.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -559,7 +565,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     joint_darts_faa.add_run_flags(parser, list(PRESETS))
     add = parser.add_argument_group("of the scripts that it runs, which have defaults").add_argument
     add("--search-epochs", default=argparse.SUPPRESS, help="epochs of the architecture search")
-    add("--train-epochs", "--epochs", default=argparse.SUPPRESS, help="epochs of training")
+    add("--train-epochs", "--epochs", type=at_least(1), default=argparse.SUPPRESS, help="epochs of training")
 
     # The preset replaces defaults, which --help then shows; flags that are given win
     first_look = argparse.ArgumentParser(usage=parser.usage, add_help=False, allow_abbrev=False)
@@ -573,6 +579,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args = joint_darts_faa.resume_flags(parser, argv, args, __file__)
     if not args.method:
         parser.error("--method is missing: faa-darts, darts or dha")
+    if args.preset in ("scale-free", "imagenet") and args.method != "dha":
+        parser.error(f"--preset {args.preset} is for --method dha")
     if (args.depth - 4) % 6 or args.faa_batch_size % 2:
         parser.error("--depth must be 6 n + 4 (10, 16, ..., 40), --faa-batch-size even: half of it is augmented")
     for flag in argv:
@@ -606,7 +614,7 @@ def add_own_flags(parser: argparse.ArgumentParser) -> None:
     add("--class-weight", type=at_least(0.0), default=0.1, help="weight of the classification losses [A]")
     add("--critic-weight", type=at_least(0.0), default=1.0, help="weight of the critic's losses, with penalty [A: 1]")
     add("--penalty", type=at_least(0.0), default=10.0, help="lambda of WGAN-GP, weight of the gradient penalty [A]")
-    add("--penalty-norm", choices=["pixel", "image"], default="pixel", help="one norm per image, or per pixel [A]")
+    add("--penalty-norm", choices=["pixel", "image"], default="pixel", help="a norm per pixel [A], or per image")
     add("--depth", type=at_least(10), default=40, help="layers of the WideResNet, 6 n + 4 [P]")
     add("--width", type=at_least(1), default=2, help="its width [P]")
 
@@ -618,8 +626,9 @@ def without_own_flags(argv: list[str]) -> list[str]:
     return own.parse_known_args(argv)[1]
 
 
-ALL_FILES = (__file__, common.__file__, dha.__file__, joint_darts_faa.__file__)
-FASTER_AA = Script(ALL_FILES, parse_args, prepare_faa, run_faa)
+FASTER_AA = Script(
+    (__file__, common.__file__, dha.__file__, joint_darts_faa.__file__), parse_args, prepare_faa, run_faa
+)
 
 
 def main(argv: list[str]) -> None:

@@ -90,7 +90,7 @@ def load_data(
     workers: int = 4,
     seed: int = 0,
 ) -> Data:
-    """Load one of DATASETS, as tensors, or as Photos if an image_size of 64 or more is wanted. torchvision downloads.
+    """Load one of DATASETS, as tensors, or image files as Photos from an image_size of 64 on. torchvision downloads.
 
     image_size: side in pixels. None: 224 for photographs, the images' own size for all others.
     limit_train, limit_test: use a random subset of this size, which does not depend on seed.
@@ -122,7 +122,7 @@ def load_data(
     for (images, labels), limit in ((train, limit_train), (test, limit_test)):
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         chosen = order[:limit].sort().values
-        labels = torch.as_tensor(labels)[chosen]
+        labels = torch.as_tensor(labels, dtype=torch.int64)[chosen]
 
         if isinstance(images, Tensor):
             images = images[chosen].contiguous()

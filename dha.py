@@ -17,7 +17,8 @@ one loss and no validation split, and nothing is retrained.
     tau      14 x 14 logits: which pair of image operations to apply
     lr, wd   learning rate and weight decay: the paper's eta
     beta     step size with which eta moves
-    alpha    a coefficient for each candidate of a node: each operation on each state (a cell's inputs, earlier nodes)
+    alpha    a coefficient for each candidate of a node: each operation on each state (the two inputs of the cell, and
+             its earlier nodes)
     b        a short code of alpha, which Adam trains in its place: 7 numbers per node
     A        random and fixed; alpha is decoded from b = A alpha
 
@@ -37,11 +38,12 @@ Before the search, and after each of its epochs but the final one, alpha is deco
 support. A node whose alpha hardly moves is frozen: its support is final, and its weights go on learning. After
 --search-epochs all nodes are frozen. Then the other candidates are deleted, and the same weights train on.
 
-Eqs. (2) and (3) can be run in two ways, --updates: "printed", as the paper has them, with its authors' step sizes; and
-"scale-free", ours, for runs of any length. policy_loss and Eta say what the two compute, and why there are two.
+Eqs. (2) and (3) can be run in two ways, --updates: "printed", the paper's, moved by the optimizers and step sizes of
+its authors' code; and "scale-free", ours, for runs of any length. policy_loss and Eta say what the two compute, and why
+there are two.
 
-Marks: [P] the paper says so. [A] public code does: https://github.com/gitkaichenzhou/DHA (its numbers: the first
-commit's conf/ista/cifar100_ista_single_doal.json), or that of the named method, https://github.com/quark0/darts,
+Marks: [P] the paper says so. [A] public code does: DHA's, https://github.com/gitkaichenzhou/DHA (numbers from its first
+commit's conf/ista/cifar100_ista_single_doal.json), or that of the method named, https://github.com/quark0/darts or
 https://github.com/iboing/ISTA-NAS. [C] our choice, where neither says or we depart from both.
 """
 
@@ -81,8 +83,8 @@ ENTROPY_WEIGHT = 0.3  # of p(tau)'s entropy in the scale-free Eq. (2) [C]
 FREEZE_DISTANCE = 1e-3  # a node whose alpha moved no more than this in an epoch is frozen [A: ISTA-NAS]
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The augmentation policy (section 2.1): 14 operations (their number [P], the list [A]), AUGMENTATIONS at the end of the
-# file; a logit for each pair of them [A]
+# The augmentation policy (section 2.1): 14 operations [P], listed in AUGMENTATIONS at the end of the file [A]; tau has
+# a logit for each pair of them [A]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -112,14 +114,15 @@ def policy_loss(
     tau (14, 14); pairs (B,), drawn from p(tau), and losses (B,), L_k, of the same images. Two readings of the paper's
     "importance weight"; l_j is the mean loss of images with pair j:
 
-    "printed" [P]: p_k(tau) itself, and the mean over the images [A]. But the pairs are drawn from p already. In
-    expectation tau_j moves in the direction of p_j (p_j l_j - sum_i p_i^2 l_i): of two pairs with the same loss the
-    more probable one gains. Small steps and weight decay keep p near uniform, large steps end on one pair.
+    "printed" [P]: p_k(tau) itself, and the mean over the images [A], where the paper has the sum. But the pairs are
+    drawn from p already. In expectation tau_j moves in the direction of p_j (p_j l_j - sum_i p_i^2 l_i): near uniform,
+    of two pairs with the same loss the more probable one gains on the other. Small steps and weight decay keep p near
+    uniform, large steps end on one pair.
 
     "scale-free" [C]: what statistics calls the importance weight of a draw, p_k(tau) over p_k(tau held fixed), and the
     sum over the images. In expectation tau_j moves in the direction of B p_j (l_j - sum_i p_i l_i): pairs that are
-    harder than the mean gain. With the entropy H of p, weighted by 0.3, the maximum of sum_i p_i l_i + 0.3 H is at p_i
-    proportional to exp(l_i / 0.3), however long the run is: no pair takes all.
+    harder than the mean gain. The entropy H of p is added, weighted by 0.3. The maximum of sum_i p_i l_i + 0.3 H is at
+    p_i proportional to exp(l_i / 0.3): how far p concentrates depends on the losses, not on the length of the run.
 
     batch_mean: the mean loss of the whole batch, if these images are one process's share of it; None: of `losses`.
     Raises ValueError for other updates.
@@ -169,8 +172,8 @@ def hypergradient(
 
     theta_plus: theta^(t+1), the weights after that step. grads: dL/dtheta there, before clipping. velocity: the step's
     v. lr: its learning rate. The lists hold the weights that moved in the step and have a gradient at theta_plus; the
-    others would add 0 to the products below. The weights and the v before the step count as constant (end of section
-    2.2).
+    others contribute nothing and must be left out. The weights and the v before the step count as constant (end of
+    section 2.2).
     """
     # Each as one vector, with a number for every weight
     g = torch.cat([tensor.flatten() for tensor in grads])
@@ -187,16 +190,17 @@ def hypergradient(
 class Eta:
     """lr and wd, and the two ways in which Eq. (3) moves them.
 
-    "printed" [P]: eta = (lr, wd) by SGD, whose settings are the authors' [A]. How far lr moves depends on the number of
-    steps: once the loss falls slowly, the mean of dL/dlr hardly depends on lr. A run that is shorter by a factor needs
-    a beta that is as many times larger.
+    "printed" [P]: eta = (lr, wd) by SGD, with the authors' momentum, weight decay and limits [A]. Once the loss falls
+    slowly, the mean of dL/dlr hardly depends on lr. So lr moves by as much in each step, and a run of a tenth of the
+    steps needs a beta that is ten times as large.
 
     "scale-free" [C], for runs of any length: what hardly changed between runs of 2,500 and of 40,000 steps is the mean
     of the gradient over its root mean square. So eta is (log lr, log wd), and Adam without momentum, which divides by
-    that root, moves it by beta / T: beta is by how many e-folds (factors of e) either would move in a run of T steps
-    if its gradient never changed.
+    that root, moves it by about beta / T in a step. If the gradient never changed, lr would change by beta factors of e
+    in a run of T steps.
 
-    lr, wd: at the start. steps: T. lr_range, wd_range: a step leaves lr and wd in these.
+    lr, wd: at the start. steps: T, needed for "scale-free". lr_range, wd_range: a step leaves lr and wd in these.
+    Raises ValueError for other updates, or where T is missing.
     """
 
     def __init__(
@@ -204,11 +208,13 @@ class Eta:
         lr: float,
         wd: float,
         updates: str = "printed",
-        steps: int = 1,
+        steps: int | None = None,
         lr_range: tuple[float, float] = (0.001, 0.05),
         wd_range: tuple[float, float] = (1e-4, 5e-4),
         device: torch.device | str = "cpu",
     ):
+        if updates != "printed" and (updates != "scale-free" or not steps):
+            raise ValueError('updates are "printed", or "scale-free" with the number of steps')
         self.printed = updates == "printed"
         self.steps = steps
         self.ranges = torch.tensor([lr_range, wd_range], device=device)
@@ -233,7 +239,7 @@ class Eta:
         self.values[0] = value if self.printed else value.log()
 
     def step(self, d_lr: Tensor, d_wd: Tensor, beta: float) -> None:
-        """Eq. (3), for the gradients dL/dlr and dL/dwd: eta = eta - beta dL/deta."""
+        """A step of Eq. (3) by the gradients dL/dlr and dL/dwd, then back into the ranges."""
         gradient = torch.stack([d_lr, d_wd])
         if not self.printed:
             gradient = gradient * self.values.exp()  # dL/dlog lr = lr dL/dlr
@@ -255,7 +261,7 @@ class Eta:
 # Architecture (section 2.3). A node of a cell adds up two operations, each of which reads a state: an input of the cell
 # or an earlier node. A candidate is an operation on a state: 7 operations on up to 5 states are up to 35 entries of
 # alpha, of which two will be kept. b has 7 numbers. Sparse coding: of all alphas with A alpha = b, the one with the
-# smallest sum of absolute values nearly always has no more non-zeros than b has numbers.
+# smallest sum of absolute values nearly always has no more non-zeros than b has numbers; select_support keeps two.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -486,8 +492,8 @@ class SparseSupernet(nn.Module):
         for cell in self.cells:
             common.fix_batch_norms(cell.nodes)
 
-        # A is random and fixed. A node's candidates are the first entries of its alpha; the rest, which others have, is
-        # cut off by zeros of A
+        # A is random and fixed. alpha has one length for all nodes; where a node has fewer candidates, the columns of A
+        # beyond them are 0
         nodes = len(self.state_counts)
         A = torch.rand(nodes, self.code, len(self.ops) * max(self.state_counts))  # U(0, 1) [A]
         for cell in self.cells:
@@ -519,8 +525,8 @@ class SparseSupernet(nn.Module):
     def strengths(self, k: int) -> Tensor:
         """What multiplies the outputs of node k's support, (kept,): section 2.3's b^T A - alpha^T E, E = A^T A - I.
 
-        That is alpha + A^T (b - A alpha): alpha, and what it leaves of b. Here alpha is set to 0 off the support, and
-        the entries of the support are taken [A: ISTA-NAS]. alpha is constant, so that the gradient goes to b. For a
+        That equals alpha + A^T (b - A alpha): alpha, plus A^T times the part of b that alpha does not explain. Before
+        that alpha is set to 0 off the support [A: ISTA-NAS]. alpha is constant, so that the gradient goes to b. For a
         frozen node all is constant.
         """
         if self.frozen[k]:
@@ -553,9 +559,9 @@ class SparseSupernet(nn.Module):
 
     @torch.no_grad()
     def freeze(self, k: int) -> None:
-        """End the search of node k: its strengths become constant, and the batch norms of its support learn [A].
+        """End the search of node k [A: ISTA-NAS]: its strengths become constant, the batch norms of its support learn.
 
-        [A] is ISTA-NAS. b no longer gets a gradient, and Adam leaves a b without one alone.
+        b no longer gets a gradient.
         """
         self.frozen_strengths[k] = self.strengths(k)
         self.frozen[k] = True
@@ -566,6 +572,8 @@ class SparseSupernet(nn.Module):
 
     def prune(self) -> None:
         """All nodes are frozen: delete the candidates that are not in the support, and what only the search needs."""
+        for b in self.b:
+            b.grad = None  # Adam still holds b, and leaves one without a gradient alone
         for cell in self.cells:
             for k, candidates in enumerate(cell.nodes, cell.first_node):
                 support = {f"{name}_{state}" for name, state in self.support[k]}
@@ -587,11 +595,12 @@ class SparseSupernet(nn.Module):
         return torch.tensor(rows)
 
     def set_extra_state(self, rows: Tensor) -> None:
-        """Called by load_state_dict, before the cells' weights are loaded."""
+        """Called by load_state_dict after this module's own buffers, before b and the cells' weights."""
         for k, row in zip(range(len(self.frozen)), rows.tolist()):
             self.support[k] = [(self.ops[op], state) for op, state in zip(row[1::2], row[2::2])]
             if row[0]:
-                self.freeze(k)  # the strengths are loaded after that
+                self.frozen[k] = True  # first, so that freeze keeps the strengths, which are loaded already
+                self.freeze(k)
             elif self.frozen[k]:
                 raise ValueError("nodes of this network are frozen that are not in the state: load it into a new one")
 
@@ -794,10 +803,10 @@ def train_step(s: Learned, images: Tensor, labels: Tensor, args: argparse.Namesp
     ran = [weight for weight in s.theta if weight.grad is not None]
     average_gradients([*ran, *s.net.b, s.tau])
 
-    # 3. Eq. (3), for the previous step of theta. The paper moves eta at the end of an iteration, by the loss at the new
-    #    theta on "a mini-batch". Here that is the next batch [C]: its gradient at this theta has just been computed, so
-    #    that no second pass is needed. (The public code pays one, and its loss is of images without pairs and has no
-    #    auxiliary head and no label smoothing.) Only weights that moved then and have a gradient now count
+    # 3. Eq. (3), for the previous step. The paper moves eta at the end of an iteration, with a second pass on "a
+    #    mini-batch" at the new theta. We take the next batch [C]: its gradient at this theta is there already. (The
+    #    public code does the second pass, on images without pairs, without auxiliary head and label smoothing.) Only
+    #    weights that moved then and have a gradient now count
     moved = [weight for weight in ran if weight in s.velocity]
     if moved and not args.no_hpo:
         grads = [weight.grad for weight in moved]
@@ -935,9 +944,9 @@ def search_and_train(s: Learned, args: argparse.Namespace, data: common.Data, hi
         if epoch < args.warmup_epochs:  # each of these epochs starts at its own lr; within it Eq. (3) moves lr
             s.eta.set_lr(args.lr * (epoch + 1) / args.warmup_epochs)
 
-        # Each batch is drawn from all images, so that an epoch may see an image twice [C]: for Eq. (3) a batch must be
-        # independent of those before it. Batches of one permutation share no image, which biases dL/dlr upwards, so
-        # that lr falls too early
+        # Each batch is drawn from all images [C], so that an epoch may show an image twice: for Eq. (3) a batch must be
+        # independent of those before it. With batches of one permutation, which share no image, dL/dlr would be too
+        # large, and lr would fall too early
         seed = seed_epoch(args.seed, epoch)
         order = common.batch_indices(count, args.batch_size, seed, RANK, WORLD, independent=True).to(device)
         batches = common.loader(data.train_images, data.train_labels, order, train=True)
@@ -1045,13 +1054,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         default=0.0,
         help="share of a label for all classes alike [A: DARTS]",
     )
-    add("--warmup-epochs", type=at_least(0), default=0, help="epochs in which lr rises to --lr [A: DARTS]")
+    add("--warmup-epochs", type=at_least(0), default=0, help="epochs in which lr rises to --lr [A: ISTA-NAS]")
     add("--drop-path", type=at_least(0.0, 1.0), default=0.2, help="probability at the end of training [A: DARTS]")
     add("--cutout", type=at_least(0), default=16, help="side of the square, in pixels [A: DARTS]")
 
     add = parser.add_argument_group("policy (Eq. 2), lr and wd (Eq. 3), architecture (Eqs. 1, 4)").add_argument
     add("--no-da", action="store_true", help="no policy: crop, flip and cutout only")
-    add("--updates", choices=list(STEP_SIZES), default="printed", help="Eqs. (2), (3) as printed [P] or scale-free [C]")
+    add("--updates", choices=list(STEP_SIZES), default="printed", help="Eqs. (2), (3): the paper's [P], or ours")
     add("--tau-lr", type=at_least(0.0), nargs="+", help="step size of tau; two: in the search, afterwards [A]")
     add("--no-hpo", action="store_true", help="wd stays, lr falls by a cosine once the search is over [A: ISTA-NAS]")
     add("--beta", type=at_least(0.0), nargs="+", help="step size of Eq. (3); two: in the search, afterwards [A]")
@@ -1092,10 +1101,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error("--genotype with --train-epochs 0 leaves nothing to do")
     if len(args.tau_lr) > 2 or len(args.beta) > 2:
         parser.error("--tau-lr and --beta take one number, or two: in the search, afterwards")
-    if not (args.no_hpo or args.lr_range[0] <= args.lr <= args.lr_range[1]):
-        parser.error(f"--lr must lie in --lr-range {args.lr_range}, where Eq. (3) moves it, or give --no-hpo")
-    if not (args.no_hpo or args.wd_range[0] <= args.weight_decay <= args.wd_range[1]):
-        parser.error(f"--weight-decay must lie in --wd-range {args.wd_range}, where Eq. (3) moves it, or give --no-hpo")
+    first_lr = args.lr / max(args.warmup_epochs, 1)
+    if not args.no_hpo and not args.lr_range[0] <= first_lr <= args.lr <= args.lr_range[1]:
+        parser.error(f"--lr {args.lr}, or its warm-up, is not in --lr-range, where Eq. (3) moves it; or give --no-hpo")
+    if not args.no_hpo and not args.wd_range[0] <= args.weight_decay <= args.wd_range[1]:
+        parser.error(f"--weight-decay {args.weight_decay} is not in --wd-range, where Eq. (3) moves it; or --no-hpo")
     if args.no_da:
         note_unused(argv, ["--tau-lr"], "--no-da")
     if args.no_hpo:
@@ -1112,7 +1122,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def add_run_flags(parser: argparse.ArgumentParser, presets: list[str]) -> None:
     """The flags that say what to run, and on what."""
     add = parser.add_argument_group("what to run, on what (nothing of the method: no marks)").add_argument
-    add("--preset", choices=presets, default="paper", help="sets other flags: quick [C], imagenet [A: DARTS]")
+    add("--preset", choices=presets, default="paper", help="other values of the flags that are not given")
     add("--dataset", choices=common.DATASETS, default="cifar10", help="data set")
     add("--data-dir", type=os.path.expanduser, default="data", help="where data sets are, or are downloaded to")
     add("--image-size", type=at_least(8), help="scale to this side; None: 224 for photographs, else as they are")
@@ -1177,9 +1187,10 @@ def resume_flags(
 
     # A new run begins where there is none
     if not (args.resume and (folder / "config.json").exists()):
+        advice = "choose another --out" if args.resume else "choose another --out, or --resume that run"
         for file in RUN_FILES:
             if (folder / file).exists():
-                parser.error(f"{folder} holds the {file} of a run: choose another --out, or --resume that run")
+                parser.error(f"{folder} holds the {file} of a run: {advice}")
         return args
 
     try:
@@ -1191,13 +1202,14 @@ def resume_flags(
     if begun_by != f"{name}.py":
         parser.error(f"{folder} holds a run of {begun_by}")
 
-    # argparse keeps what a namespace has and argv does not name
+    # argparse keeps what the namespace has, where argv does not say otherwise
     args, _ = parser.parse_known_args(argv, argparse.Namespace(**{**saved, "out": args.out}))
-    finished = (folder / "result.json").exists()
+    finished = (folder / "result.json").exists()  # then its result is shown, which is not that of other data
     for flag, value in saved.items():
         free = flag in PLACES and not (finished and flag == "data_dir")
         if not free and getattr(args, flag) != value:
-            parser.error(f"{folder} was started with {flag} = {value}: leave flags that differ out")
+            name = "--" + flag.replace("_", "-")
+            parser.error(f"{folder} was started with {name} {value}: leave out the flags that differ")
     return args
 
 
@@ -1283,8 +1295,8 @@ def finite_means(means: Tensor, learned: list[Tensor], epoch: int, flags: str) -
         means = means / dist.get_world_size()
     norms = torch.stack(torch._foreach_norm(learned))
     if not (means.isfinite().all() and norms.isfinite().all()):
-        message = f"error: a loss or a weight is not finite in epoch {epoch}: start again with a lower {flags}"
-        sys.exit(f"{message}; the last good checkpoint is kept")
+        message = f"error: a loss or a weight is not finite in epoch {epoch}; the last good checkpoint is kept"
+        sys.exit(f"{message}. Start again in another --out, with a lower {flags}")
     return means.tolist()
 
 
@@ -1295,7 +1307,10 @@ def finite_means(means: Tensor, learned: list[Tensor], epoch: int, flags: str) -
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make the folder, and let no other process write it until the block ends, or this process, however it ends."""
+    """Make the folder, and lock it against other processes.
+
+    The lock ends with the block, or with this process and those that it started, also if it is killed.
+    """
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as at_the_end:
@@ -1318,8 +1333,8 @@ def open_run(
 ) -> tuple[list[dict], dict]:
     """Begin the run in --out, or go on with it: its history, and all of its checkpoint.pt; both empty at the start.
 
-    scripts: the file that runs, and those it needs; with copies of them the run can be repeated. Raises InputError
-    where the run was started on other data.
+    scripts: the file that runs, and those it needs; copies of them, as they are at the start, are kept. Raises
+    InputError where the run was started on other data, or its checkpoint is damaged.
     """
     out = Path(args.out)
     config = {

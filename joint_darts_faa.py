@@ -111,7 +111,7 @@ class Policy(nn.Module):
         L, K, _ = self.z.shape
         which = torch.randint(L, (len(images),), device=images.device)  # a sub-policy for every image
 
-        # Not [which]: the order in which its backward pass adds differs from run to run, also on a CPU
+        # index_select, because the backward pass of [which] adds in an order that varies, even on a CPU
         weights = self.selection().index_select(0, which)  # sigma_eta(z) of Eqs. (2) and (3), (B, K, 16)
         masks = relaxed_bernoulli(self.p.index_select(0, which))  # of Eq. (1), (B, K, 16)
         signs = 1 - 2 * self.signed * torch.randint(2, masks.shape, device=images.device)  # 1 or -1 for SIGNED, else 1
@@ -368,14 +368,14 @@ class JointSearch:
 
         # DARTS' optimizers for w and alpha [A: DARTS], Faster AutoAugment's for the policy [A: FAA]
         self.w_optimizer = torch.optim.SGD(self.w, args.lr, momentum=0.9, weight_decay=args.weight_decay)
-        self.saved = {"net": self.net, "w_optimizer": self.w_optimizer}  # for the checkpoint
+        self.learned = {"net": self.net, "w_optimizer": self.w_optimizer}  # for the checkpoint
         if self.alphas:
             self.alpha_optimizer = torch.optim.Adam(self.alphas, args.arch_lr, betas=(0.5, 0.999), weight_decay=1e-3)
-            self.saved["alpha_optimizer"] = self.alpha_optimizer
+            self.learned["alpha_optimizer"] = self.alpha_optimizer
         if self.policy:
             self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), args.policy_lr, betas=(0.0, 0.999))
-            self.saved["policy"] = self.policy
-            self.saved["policy_optimizer"] = self.policy_optimizer
+            self.learned["policy"] = self.policy
+            self.learned["policy_optimizer"] = self.policy_optimizer
         mean, std = common.mean_std(data.train_images)
         self.mean = mean.to(device)
         self.std = std.to(device)
@@ -385,10 +385,10 @@ class JointSearch:
         return self.given or self.net.genotype()
 
     def state_dict(self) -> dict:
-        return {name: module.state_dict() for name, module in self.saved.items()}
+        return {name: module.state_dict() for name, module in self.learned.items()}
 
     def load_state_dict(self, saved: dict) -> None:
-        for name, module in self.saved.items():
+        for name, module in self.learned.items():
             module.load_state_dict(saved[name])
 
     def loss_and_accuracy(self, images: Tensor, labels: Tensor, amp: bool) -> tuple[Tensor, Tensor]:
@@ -569,12 +569,12 @@ def search(
         s.w_optimizer.param_groups[0]["lr"] = lr
         s.net.train()
 
-        # D_val goes through in an order of its own, once an epoch [C]
+        # D_val is gone through once an epoch, in its own order [C]
         seed = seed_epoch(args.seed, epoch)
         val_order = common.batch_indices(len(D_val), args.search_batch_size, 2 * seed, RANK, WORLD).to(device)
         train_order = common.batch_indices(len(D_train), args.search_batch_size, 2 * seed + 1, RANK, WORLD).to(device)
 
-        # A batch of D_val (line 3) and one of D_train (line 10). The two loaders share the processes that read files
+        # A batch of D_val (line 3) and one of D_train (line 10). Each loader gets half of --workers
         images, labels = data.train_images, data.train_labels
         half = args.workers // 2
         val_batches = common.loader(images, labels, D_val[val_order], train=True, workers=half)
@@ -587,8 +587,8 @@ def search(
         flags = "--lr, --arch-lr or --policy-lr"
         val_loss, val_accuracy, loss, accuracy = finite_means(totals / steps, [*s.w, *s.upper], epoch + 1, flags)
 
-        # The epoch's record, with the architecture that would be derived now. Loss and accuracy on D_val are of
-        # augmented images, in training mode, before they moved alpha
+        # The epoch's record, with the architecture that would be derived now. Loss and accuracy on D_val are those of
+        # augmented images, in training mode, before alpha's step
         found = s.found()
         skips = [name for name, _ in found.normal].count("skip_connect")
         record = {
@@ -611,7 +611,7 @@ def search(
         )
         if skips > 4 and not given:
             print("warning: most operations of the normal cell are skip-connections: the search may be collapsing.")
-            print("metrics.jsonl has the genotype of every epoch: --genotype, with --policy, trains an earlier one")
+            print("metrics.jsonl has every epoch's genotype; in a file, --genotype FILE --policy none trains it")
         record["seconds"] = time.perf_counter() - started
         record["gpus"] = WORLD if device.type == "cuda" else 0
         history.append(record)
@@ -749,14 +749,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--search-channels", type=at_least(2), default=16, help="channels of the supernet, even [A: DARTS]")
     add("--search-layers", type=at_least(3), default=8, help="cells of the supernet [A: DARTS]")
     add("--search-only", action="store_true", help="stop after the search, with what it found")
-    add("--genotype", type=os.path.expanduser, help=f"no search of alpha: {', '.join(common.GENOTYPES)}, or a file")
+    add("--genotype", type=os.path.expanduser, help=f"search no cells: use {', '.join(common.GENOTYPES)}, or a file")
     add("--arch-lr", type=at_least(0.0), default=3e-4, help="Adam's learning rate for alpha [A: DARTS]")
-    add("--policy", type=os.path.expanduser, default="search", help="search, none, or a file: train with that policy")
+    add("--policy", type=os.path.expanduser, default="search", help="search, none, or a policy.json to train with")
     add("--policy-lr", type=at_least(0.0), default=1e-3, help="Adam's learning rate for z, p and mu [A: FAA]")
     add("--sub-policies", type=at_least(1), default=10, help="L, sub-policies of a policy [P]")
     add("--stages", type=at_least(1), default=2, help="K, stages of a sub-policy, an operation each [P]")
 
-    add = parser.add_argument_group("training (--lr and --weight-decay also move w in the search)").add_argument
+    add = parser.add_argument_group("training (--lr and --weight-decay also hold in the search)").add_argument
     add("--train-epochs", "--epochs", type=at_least(0), default=600, help="epochs of training [P]")
     add("--batch-size", type=at_least(2), default=96, help="images per step; batch norm: per process [A: DARTS]")
     add("--channels", type=at_least(2), default=36, help="channels of the first cells, even [A: DARTS]")
@@ -796,7 +796,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def add_run_flags(parser: argparse.ArgumentParser, presets: list[str]) -> None:
     """The flags that say what to run, and on what."""
     add = parser.add_argument_group("what to run, on what (nothing of the method: no marks)").add_argument
-    add("--preset", choices=presets, default="paper", help="sets other flags: quick [C], imagenet [A: DARTS]")
+    add("--preset", choices=presets, default="paper", help="other values of the flags that are not given")
     add("--dataset", choices=common.DATASETS, default="cifar10", help="data set")
     add("--data-dir", type=os.path.expanduser, default="data", help="where data sets are, or are downloaded to")
     add("--image-size", type=at_least(8), help="scale to this side; None: 224 for photographs, else as they are")
@@ -861,9 +861,10 @@ def resume_flags(
 
     # A new run begins where there is none
     if not (args.resume and (folder / "config.json").exists()):
+        advice = "choose another --out" if args.resume else "choose another --out, or --resume that run"
         for file in RUN_FILES:
             if (folder / file).exists():
-                parser.error(f"{folder} holds the {file} of a run: choose another --out, or --resume that run")
+                parser.error(f"{folder} holds the {file} of a run: {advice}")
         return args
 
     try:
@@ -875,13 +876,14 @@ def resume_flags(
     if begun_by != f"{name}.py":
         parser.error(f"{folder} holds a run of {begun_by}")
 
-    # argparse keeps what a namespace has and argv does not name
+    # argparse keeps what the namespace has, where argv does not say otherwise
     args, _ = parser.parse_known_args(argv, argparse.Namespace(**{**saved, "out": args.out}))
-    finished = (folder / "result.json").exists()
+    finished = (folder / "result.json").exists()  # then its result is shown, which is not that of other data
     for flag, value in saved.items():
         free = flag in PLACES and not (finished and flag == "data_dir")
         if not free and getattr(args, flag) != value:
-            parser.error(f"{folder} was started with {flag} = {value}: leave flags that differ out")
+            name = "--" + flag.replace("_", "-")
+            parser.error(f"{folder} was started with {name} {value}: leave out the flags that differ")
     return args
 
 
@@ -967,8 +969,8 @@ def finite_means(means: Tensor, learned: list[Tensor], epoch: int, flags: str) -
         means = means / dist.get_world_size()
     norms = torch.stack(torch._foreach_norm(learned))
     if not (means.isfinite().all() and norms.isfinite().all()):
-        message = f"error: a loss or a weight is not finite in epoch {epoch}: start again with a lower {flags}"
-        sys.exit(f"{message}; the last good checkpoint is kept")
+        message = f"error: a loss or a weight is not finite in epoch {epoch}; the last good checkpoint is kept"
+        sys.exit(f"{message}. Start again in another --out, with a lower {flags}")
     return means.tolist()
 
 
@@ -979,7 +981,10 @@ def finite_means(means: Tensor, learned: list[Tensor], epoch: int, flags: str) -
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make the folder, and let no other process write it until the block ends, or this process, however it ends."""
+    """Make the folder, and lock it against other processes.
+
+    The lock ends with the block, or with this process and those that it started, also if it is killed.
+    """
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as at_the_end:
@@ -1002,8 +1007,8 @@ def open_run(
 ) -> tuple[list[dict], dict]:
     """Begin the run in --out, or go on with it: its history, and all of its checkpoint.pt; both empty at the start.
 
-    scripts: the file that runs, and those it needs; with copies of them the run can be repeated. Raises InputError
-    where the run was started on other data.
+    scripts: the file that runs, and those it needs; copies of them, as they are at the start, are kept. Raises
+    InputError where the run was started on other data, or its checkpoint is damaged.
     """
     out = Path(args.out)
     config = {
@@ -1138,11 +1143,11 @@ def load_policy(path: str | Path) -> Policy:
         content = json.loads(Path(path).read_text())
         if "probability" in content:
             raise ValueError("it is a policy of dha.py, of pairs of operations, which this script cannot use")
+        if content["operations"] != list(AUGMENTATIONS):
+            raise ValueError("its operations differ, or their order does")
         numbers = {name: torch.tensor(content[name], dtype=torch.float32) for name in ("z", "p", "mu")}
         policy = Policy(*numbers["z"].shape[:2], eta=float(content["eta"]))
         policy.load_state_dict(numbers)
-        if content["operations"] != list(AUGMENTATIONS):
-            raise ValueError("its operations differ, or their order does")
         both = torch.stack([policy.p, policy.mu])
         if not (policy.eta > 0 and policy.z.isfinite().all() and both.min() >= 0 and both.max() <= 1):
             raise ValueError("a number is out of its range")

@@ -74,10 +74,10 @@ def call(module: ModuleType, *flags) -> int:
     try:
         module.main([str(flag) for flag in flags])
     except SystemExit as stop:
-        if isinstance(stop.code, str):  # Python prints the text and exits with 1
-            print(stop.code, file=sys.stderr)
-            return 1
-        return stop.code or 0
+        if not isinstance(stop.code, str):
+            return stop.code or 0
+        print(stop.code, file=sys.stderr)  # as Python does, which exits with 1
+        return 1
     return 0
 
 
@@ -95,28 +95,20 @@ class Script(NamedTuple):
         """The run in a process and a process group of its own, on one thread."""
         command = [sys.executable, *launch.split(), self.module.__file__, *self.short, *map(str, flags)]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(command, env=env, start_new_session=True, **pipes)
+        out = subprocess.PIPE
+        return subprocess.Popen(
+            command, env=env, start_new_session=True, stdout=out, stderr=subprocess.STDOUT, text=True
+        )
 
 
 TINY = "--preset quick --gpu -1 --dataset folder --batch-size 8 --channels 2 --search-epochs 2 --train-epochs 1"
 TINY_JOINT = f"{TINY} --search-images 8 --search-channels 2 --search-batch-size 4 --sub-policies 2 --stages 1"
 TINY_FAA = f"{TINY_JOINT} --method faa-darts --search-epochs 1 --faa-epochs 2 --faa-images 8 --faa-batch-size 4"
-CASES = {
-    "joint": (joint_darts_faa, TINY_JOINT, [], ["search", "search", "train"]),
-    "dha": (dha, TINY, [], ["search", "search", "train"]),
-    "faa-darts": (
-        baseline_sequential,
-        TINY_FAA,
-        ["policy", "search", "train"],
-        ["policy", "policy", "search", "train"],
-    ),
-    "sequential dha": (
-        baseline_sequential,
-        f"{TINY} --method dha --search-epochs 1",
-        ["search", "train"],
-        ["search", "train"],
-    ),
+CASES = {  # name: (module, flags, folders of its stages, phases of its epochs)
+    "joint": (joint_darts_faa, TINY_JOINT, "", "search search train"),
+    "dha": (dha, TINY, "", "search search train"),
+    "faa-darts": (baseline_sequential, TINY_FAA, "policy search train", "policy policy search train"),
+    "sequential dha": (baseline_sequential, f"{TINY} --method dha --search-epochs 1", "search train", "search train"),
 }
 
 
@@ -140,7 +132,8 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(params=list(CASES))
 def script(request, data, one_thread) -> Script:
     module, flags, folders, phases = CASES[request.param]
-    return Script(request.param, module, [*flags.split(), "--data-dir", str(data)], folders, phases)
+    short = [*flags.split(), "--data-dir", str(data)]
+    return Script(request.param, module, short, folders.split(), phases.split())
 
 
 @pytest.fixture
@@ -150,16 +143,10 @@ def no_figures(monkeypatch):
         monkeypatch.setattr(module, "Figure", None)
 
 
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory) -> Path:
-    """The folder of `done`."""
-    return tmp_path_factory.mktemp("done")
-
-
 @pytest.fixture
-def done(script, runs) -> Path:
+def done(script, tmp_path_factory) -> Path:
     """The directory of a finished short run, with figures; nothing may change it."""
-    out = runs / script.name
+    out = tmp_path_factory.getbasetemp() / "done" / script.name
     if not out.exists():
         with pytest.MonkeyPatch.context() as patch:
             for module in (dha, joint_darts_faa):
@@ -204,10 +191,6 @@ def result(out: Path) -> dict:
     return json.loads((out / "result.json").read_text())
 
 
-def settings(out: Path) -> dict:
-    return json.loads((out / "config.json").read_text())["args"]
-
-
 def weights(out: Path) -> dict:
     return torch.load(out / "model.pt", weights_only=True)["state_dict"]
 
@@ -231,10 +214,10 @@ def assert_same(a: Path, b: Path) -> None:
     assert untimed([result(a)]) == untimed([result(b)])
     assert untimed(lines(a)) == untimed(lines(b))
     for name in ("genotype.json", "policy.json"):
-        assert (a / name).exists() == (b / name).exists(), name
-        assert not (a / name).exists() or (a / name).read_bytes() == (b / name).read_bytes(), name
-    first, second = weights(a), weights(b)
-    assert first.keys() == second.keys() and all(torch.equal(v, second[k]) for k, v in first.items())
+        first, second = ((out / name).read_bytes() if (out / name).exists() else None for out in (a, b))
+        assert first == second, name
+    for (name, first), (other, second) in zip(weights(a).items(), weights(b).items(), strict=True):
+        assert name == other and torch.equal(first, second), name
 
 
 def after_every_epoch(monkeypatch, act) -> None:

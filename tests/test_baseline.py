@@ -44,12 +44,7 @@ def halves():
 def test_wide_resnet_has_the_published_size_and_two_heads():
     net = baseline.WideResNet(10, 40, 2)
     head = common.count_parameters(net.critic)
-    expected = 3 * 16 * 9
-    for a, b in ((16, 32), (32, 64), (64, 128)):
-        expected += a * b * 9 + a * b + 2 * a + 2 * b + b * b * 9  # with a shortcut
-        expected += 5 * (2 * b * b * 9 + 4 * b)
-    expected += 2 * 128 + 128 * 10 + 10
-    assert common.count_parameters(net) - head == expected == 2_243_546  # "2.2 M"
+    assert common.count_parameters(net) - head == 2_243_546  # "2.2 M"
     assert head == 16_641
     for size in (32, 17, 8):
         logits, value = baseline.WideResNet(7, 10, 1)(torch.rand(3, 3, size, size))
@@ -77,27 +72,6 @@ def test_gradient_penalty_of_a_quadratic_critic(norm):
     assert torch.allclose(*(torch.autograd.grad(v, A)[0] for v in (mine, expected)), rtol=1e-10)
 
 
-def test_second_derivative_of_the_penalty_by_finite_differences():
-    """Through the whole network, along a random direction."""
-    net = baseline.WideResNet(3, 10, 1).double()
-    real, augmented = torch.rand(2, 4, 3, 8, 8, dtype=torch.float64)
-    share = torch.rand(4, dtype=torch.float64)
-    params = [p for name, p in net.named_parameters() if not name.startswith("classifier")]
-
-    def penalty():
-        return baseline.gradient_penalty(lambda x: net(x)[1], real, augmented, share)
-
-    found = torch.autograd.grad(penalty(), params, allow_unused=True)
-    gradient = [torch.zeros_like(p) if g is None else g for p, g in zip(params, found)]  # a last bias: None
-    direction, values = [torch.randn_like(p) for p in params], []
-    for step in (1e-7, -2e-7, 1e-7):
-        values.append(float(penalty().detach()))
-        for p, d in zip(params, direction):
-            p.data.add_(d, alpha=step)
-    slope = sum(float((g * d).sum()) for g, d in zip(gradient, direction))
-    assert slope == pytest.approx((values[1] - values[2]) / 2e-7, rel=1e-5)
-
-
 # -------- The two steps ---------------------------------------------------------------------------------------------
 
 
@@ -105,20 +79,17 @@ def test_a_step_moves_only_its_own():
     args, s = small()
     first, second = halves()
 
-    def copies(module):
-        return [p.detach().clone() for p in module.parameters()]
+    def moved(step, *batch):
+        before = [[p.detach().clone() for p in module.parameters()] for module in (s.net, s.policy)]
+        s.net.zero_grad()
+        step(s, *batch, args)
+        pairs = zip((s.net, s.policy), before)
+        return [sum(not torch.equal(p, q) for p, q in zip(module.parameters(), old)) for module, old in pairs]
 
-    def changed(module, old):
-        return [not torch.equal(p, q) for p, q in zip(module.parameters(), old)]
-
-    net, policy = copies(s.net), copies(s.policy)
-    baseline.critic_step(s, *first, second[0], args)
-    assert not any(changed(s.policy, policy)) and all(p.grad is None for p in s.policy.parameters())
-    assert sum(changed(s.net, net)) >= len(net) - 1  # the critic's last bias has no gradient
-    net = copies(s.net)
-    s.net.zero_grad()
-    baseline.policy_step(s, *second, args)
-    assert all(changed(s.policy, policy)) and not any(changed(s.net, net))
+    count = len(list(s.net.parameters()))
+    assert moved(baseline.critic_step, *first, second[0]) == [count - 1, 0]  # the critic's last bias has no gradient
+    assert all(p.grad is None for p in s.policy.parameters())
+    assert moved(baseline.policy_step, *second) == [0, 3]
     assert all(p.grad is None for p in s.net.parameters())
     assert all(0 <= v.min() and v.max() <= 1 for v in (s.policy.p, s.policy.mu))
 

@@ -133,10 +133,8 @@ def test_an_epochs_record_names_the_support_that_it_trained_with(tmp_path, monke
     assert [len(record.get("distances") or []) for record in history] == [8, 8, 0, 0, 0]
 
 
-@pytest.mark.parametrize("zero", [True, False])
-def test_the_search_ends_when_all_nodes_are_frozen_and_one_without_alpha_freezes_at_the_end(
-    zero, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("zero", [False, True])
+def test_the_search_ends_when_all_nodes_are_frozen_but_one_without_alpha_is_not(zero, tmp_path, monkeypatch):
     def train_step(s, images):
         if zero and not all(s.net.frozen):
             s.net.b[3].data.zero_()  # alpha is 0, and does not move; the others' does not either
@@ -173,7 +171,6 @@ def test_lr_with_warm_up_and_a_cosine_and_drop_path_that_rises(tmp_path, monkeyp
 
 
 # -------- A state goes on bit for bit --------------------------------------------------------------------------------
-
 
 KINDS = [("some frozen", "printed"), ("all frozen", "scale-free"), ("given", "printed"), ("mobilenet", "scale-free")]
 
@@ -217,12 +214,12 @@ def test_state_goes_on_bit_for_bit(kind, updates, tmp_path):
 
 @pytest.fixture
 def one_graph(monkeypatch):
-    """torch.compile without a C++ compiler; a second graph raises. Gives the number of graphs."""
+    """torch.compile, without a C++ compiler, must make one graph in the whole test."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    yield
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
 
 
@@ -233,13 +230,12 @@ def test_compile_makes_one_graph_of_the_pruned_network(one_graph, tmp_path, monk
 
     def train_step(s, images):
         compiled.append(s.model is not s.net)
-        return real(s, images, torch.arange(8), args)
+        real(s, images, torch.arange(8), args)
 
     flags = "--compile --drop-path 0.3 --auxiliary-weight 0.4 --search-epochs 1 --train-epochs 5".split()
     args = dha.parse_args([*TINY, *flags])
-    history, s = loop(tmp_path, monkeypatch, train_step, *flags)
-    assert compiled == [False] * 2 + [True] * 10 and one_graph() == 1
-    assert s.net.drop_path_prob.item() == pytest.approx(0.24) and torch.tensor(history[-1]["loss"]).isfinite()
+    _, s = loop(tmp_path, monkeypatch, train_step, *flags)
+    assert compiled == [False] * 2 + [True] * 10 and s.net.drop_path_prob.item() == pytest.approx(0.24)
 
 
 @pytest.mark.slow
@@ -256,7 +252,6 @@ def test_compile_makes_one_graph_of_a_genotypes_network(one_graph):
             loss.backward()
             found.append([loss.detach(), *[p.grad for p in net.parameters()]])
         torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
-    assert one_graph() == 1
 
 
 class Waits(TorchDispatchMode):
@@ -290,21 +285,23 @@ def test_a_step_on_cuda_never_waits_for_the_host(updates, monkeypatch):
 
     def backward(loss):  # autograd's own engine wants a real device
         calls.append(loss.device.type)
-        for p in [*s.theta, *s.net.b, s.tau]:
+        for p in [*s.theta[:8], *s.net.b, s.tau]:
             p.grad = torch.empty_like(p)
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda net, *where, **how: net)  # pretended weights cannot move
     with FakeTensorMode(allow_non_fake_inputs=True):
-        s = dha.Learned(args, data, torch.device("cuda"))
+        with torch.device("cuda"):
+            s = dha.Learned(args, data, torch.device("cuda"))
         s.net.freeze(2)
         s.collect_theta()
         s.net.drop_path_prob = torch.empty((), device="cuda")
+        s.velocity = {p: torch.empty_like(p) for p in s.theta[4:12]}  # what ran in the step before
         batch = images.cuda(), labels.cuda()
         with Waits() as waits:
-            for _ in range(2):  # Eq. (3) needs a step before it
-                measured = dha.train_step(s, *batch, args)
-        assert measured.device.type == "cuda" and calls == ["cuda"] * 4 and waits.seen == []
-        assert waits.unbound == 2 * 8  # a node's strengths at once, not one index after another
+            measured = dha.train_step(s, *batch, args)
+        assert measured.device.type == "cuda" and calls == ["cuda"] * 2 and waits.seen == []
+        assert waits.unbound == 8  # a node's strengths at once, not one index after another
         with pytest.raises(Exception, match="local_scalar"):
             float(measured.sum())  # the pretended device does notice
 

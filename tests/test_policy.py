@@ -140,9 +140,8 @@ def test_harder_pairs_gain_as_the_closed_form_says_at_quicks_step():
 @pytest.mark.parametrize("preset, share", [("scale-free", SHARE), ("imagenet", SHARE), ("paper", 0.2)])
 def test_harder_pairs_gain_as_the_closed_form_says(preset, share):
     """The printed one, with its authors' settings, stays near uniform."""
-    for steps in (15_000, 60_000):
-        p = after(steps, HARD, "--preset", preset)
-        assert float(p[:39].sum()) == pytest.approx(share, abs=0.03) and p.max() < 0.02
+    p = after(30_000, HARD, "--preset", preset)
+    assert float(p[:39].sum()) == pytest.approx(share, abs=0.03) and p.max() < 0.02
 
 
 @pytest.mark.parametrize("updates", ["printed", "scale-free"])

@@ -19,7 +19,7 @@ from conftest import call, contents, only
 def broken(tmp_path_factory):
     """A folder with things that can be wrong with a user's files."""
     root = tmp_path_factory.mktemp("broken")
-    (root / "file").write_text("a file")
+    (root / "file").touch()
     (root / "damaged.json").write_text('{"normal": [["sep_conv_9x9", 0]]}')
     joint.save(root / "dha.json", {"operations": [], "probability": [[1.0]]})
     cell = [("sep_conv_3x3", i % 2) for i in range(6)]
@@ -34,62 +34,34 @@ def broken(tmp_path_factory):
     return root
 
 
-WRONG = {  # flags: what the line says
-    "--wrong-flag": "--wrong-flag",
-    "word": "word",
-    "--train-epoch 2": "--train-epoch",  # no abbreviations
-    "--dataset cifar1000": "cifar1000",
-    "--seed one": "--seed",
-    "--seed -1": "not in",
-    "--lr nan": "not in",
-    "--batch-size 1": "not in",
-    "--channels 7": "even",
-    "--gpu 77": "no GPU 77",
-    "--cutout 99": "--cutout",
-    "--auxiliary-weight 0.4 --image-size 16": "auxiliary",
-    "--data-dir {broken}/nothing": "--data-dir",
-    "--data-dir {broken}/damaged": "0.png",
-    "--data-dir {broken}/one_class": "class",
-    "--out {broken}/file": "file",
-    "--out {broken}/file/run": "file",
-}
+WRONG = {  # for every script; flags: what the line says
+    "--wrong-flag": "--wrong-flag", "--train-epoch 2": "--train-epoch",  # no abbreviations
+    "--dataset cifar1000": "cifar1000", "--seed one": "--seed", "--lr nan": "not in", "--batch-size 1": "not in",
+    "--channels 7": "even", "--gpu 77": "no GPU 77", "--cutout 99": "--cutout",
+    "--auxiliary-weight 0.4 --image-size 16": "auxiliary", "--data-dir {broken}/nothing": "--data-dir",
+    "--data-dir {broken}/damaged": "0.png", "--data-dir {broken}/one_class": "class",
+    "--out {broken}/file": "file", "--out {broken}/file/run": "file",
+}  # fmt: skip
 OWN = {
     "joint": {
-        "--search-channels 3": "even",
-        "--limit-train 3": "batch",
-        "--train-epochs 0": "nothing to do",
-        "--search-only --genotype DARTS_V2 --policy none": "nothing to do",
-        "--no-da": "--no-da",
-        "--genotype DARTS_V9": "DARTS_V9",
-        "--genotype {broken}/damaged.json": "damaged.json",
-        "--policy {broken}/nothing": "nothing",
-        "--policy {broken}/dha.json": "policy of dha.py",
+        "--search-channels 3": "even", "--limit-train 3": "batch", "--train-epochs 0": "nothing to do",
+        "--search-only --genotype DARTS_V2 --policy none": "nothing to do", "--no-da": "--no-da",
+        "--genotype DARTS_V9": "DARTS_V9", "--genotype {broken}/damaged.json": "damaged.json",
+        "--policy {broken}/nothing": "nothing", "--policy {broken}/dha.json": "policy of dha.py",
     },
     "dha": {
-        "--lr 5": "--lr-range",
-        "--weight-decay 0.5": "--wd-range",
-        "--beta 1 2 3": "two",
-        "--genotype {broken}/nodes3.json": "",
-        "--genotype DARTS_V2 --train-epochs 0": "nothing to do",
-        "--space mobilenet --layers 20": "--layers",
-        "--policy none": "--policy",
+        "--lr 5": "--lr-range", "--weight-decay 0.5": "--wd-range", "--beta 1 2 3": "two",
+        "--genotype {broken}/nodes3.json": "", "--genotype DARTS_V2 --train-epochs 0": "nothing to do",
+        "--space mobilenet --layers 20": "--layers", "--policy none": "--policy",
     },
     "faa-darts": {
-        "--method autoaugment": "--method",
-        "--faa-batch-size 7": "even",
-        "--depth 39": "--depth",
-        "--penalty -10": "not in",
-        "--limit-train 3": "batch",
-        "--tau-lr 0.1": "--tau-lr",
-        "--search-channels 3": "even",
-        "--train-epochs 0": "nothing to do",
-        "--genotype=DARTS_V2": "stages hand over",
-        "--policy none": "stages hand over",
-        "--search-only": "stages hand over",
-        "--compare {broken}": "no finished run",
+        "--method autoaugment": "--method", "--faa-batch-size 7": "even", "--depth 39": "--depth",
+        "--penalty -10": "not in", "--limit-train 3": "batch", "--tau-lr 0.1": "--tau-lr",
+        "--search-channels 3": "even", "--train-epochs 0": "nothing to do", "--genotype=DARTS_V2": "stages hand over",
+        "--policy none": "stages hand over", "--search-only": "stages hand over", "--compare {broken}": "finished run",
     },
     "sequential dha": {"--lr 5": "--lr-range", "--label-smoothing 1": "not in", "--no-da": "stages hand over"},
-}
+}  # fmt: skip
 SHARED = [(name, flags, says) for name in ("joint", "dha", "faa-darts") for flags, says in WRONG.items()]
 CASES = SHARED + [(name, *case) for name, cases in OWN.items() for case in cases.items()]
 

@@ -14,13 +14,14 @@ has it at the start and after each epoch; of a node's 28 candidates chance would
 With --given the node's b starts with its code, so that the support has it: is it kept?
 
 alike: Eq. 2 alone, no network; every image has the same loss, whatever its pair. Prints the step at which one
-pair has half of p(tau). The reading of Eq. 2, tau's step and the batch are the preset's, or what --da-weight, --tau-lr
-and --batch-size say.
+pair has half of p(tau), or the largest p at the end. What moves tau, its step and the batch are the preset's, or what
+--updates, --tau-lr and --batch-size say; with --plain by plain gradient steps, without momentum and weight decay.
 
-authors: Eq. 2 alone again, but 39 of the 196 pairs cost 20 % more, and a loss scatters as widely as it is large. tau
-moves as in DHA's public code with its configuration for CIFAR-100: the mean over 96 images, SGD with Nesterov momentum
-and weight decay, a distribution of pairs that noise perturbs anew in every epoch. Prints the share of the 39 pairs in
-p(tau), the entropy and the largest p after 100 epochs of search and after 100 more with the larger step.
+authors: Eq. 2 alone again, but 39 of the 196 pairs cost 20 % more, and a loss scatters as widely as it is large.
+Printed, with the settings of DHA's public code for CIFAR-100 (conf/ista/cifar100_ista_single_doal.json of
+gitkaichenzhou/DHA, ae6ae8d): the default. Pairs are drawn as there, from a distribution that noise perturbs anew in
+every epoch. Prints the share of the 39 pairs in p(tau), the entropy and the largest p after 100 epochs of search and
+after 100 more with the larger step.
 """
 
 import argparse
@@ -102,44 +103,52 @@ def planted(seed: int, epochs: int, steps: int, given: bool, flags: list[str]) -
     return found
 
 
-def alike(seed: int, loss: float, steps: int, flags: list[str]) -> int | None:
-    """The step at which one of the pairs, none of which is better, has half of p(tau)."""
-    args = dha.parse_args(["--preset", "quick", *timing.NOT_MADE, *flags])
+def policy(flags: list[str], plain: bool = False) -> tuple[argparse.Namespace, torch.Tensor, torch.optim.SGD]:
+    """The settings, tau, and what moves it: as dha.Learned has it, or plain gradient steps."""
+    args = dha.parse_args([*timing.NOT_MADE, *flags])
+    tau = torch.zeros(len(dha.AUGMENTATIONS), len(dha.AUGMENTATIONS), requires_grad=True)
+    printed = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+    how = printed if args.updates == "printed" and not plain else {}
+    return args, tau, torch.optim.SGD([tau], args.tau_lr[0], **how)
+
+
+def move(args: argparse.Namespace, tau: torch.Tensor, optimizer: torch.optim.SGD, pairs, losses) -> torch.Tensor:
+    """One step of Eq. (2); p(tau) after it."""
+    optimizer.zero_grad()
+    dha.policy_loss(tau, pairs, losses, args.updates).backward()
+    optimizer.step()
+    return tau.detach().flatten().softmax(0)
+
+
+def alike(seed: int, loss: float, steps: int, flags: list[str], plain: bool) -> str:
+    """What becomes of pairs none of which is better than another."""
     torch.manual_seed(seed)
-    count = len(dha.AUGMENTATIONS)
-    tau = torch.zeros(count, count, requires_grad=True)
+    args, tau, optimizer = policy(["--preset", "quick", *flags], plain)
     losses = torch.full((args.batch_size,), loss)
     for step in range(1, steps + 1):
-        pairs = dha.sample_pairs(tau, len(losses))
-        (gradient,) = torch.autograd.grad(dha.policy_loss(tau, pairs, losses, args.da_weight, args.da_entropy), tau)
-        tau.data -= args.tau_lr * gradient
-        if tau.detach().flatten().softmax(0).max() > 0.5:
-            return step
-    return None
+        p = move(args, tau, optimizer, dha.sample_pairs(tau, len(losses)), losses)
+        if p.max() > 0.5:
+            return f"one pair has half of p(tau) after {step:,} steps"
+    return f"the largest p is {p.max():.4f} after {steps:,} steps"
 
 
-def authors(seed: int, epochs: int) -> None:
-    """Eq. 2 as kaichen-z/DHA has it, with conf/ista/cifar100_ista_single_doal.json of gitkaichenzhou/DHA, ae6ae8d."""
+def authors(seed: int, epochs: int, flags: list[str]) -> None:
     torch.manual_seed(seed)
-    count = len(dha.AUGMENTATIONS)
-    tau = torch.full((count, count), 1 / count**2, requires_grad=True)
-    optimizer = torch.optim.SGD([tau], 0.02, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    mean_loss = torch.ones(count**2)
+    args, tau, optimizer = policy(flags)
+    count = tau.numel()
+    mean_loss = torch.ones(count)
     mean_loss[:39] = 1.2
-    for phase, step_size in (("search", 0.02), ("training", 0.05)):
+    for phase, step_size in (("search", args.tau_lr[0]), ("training", args.tau_lr[-1])):
         optimizer.param_groups[0]["lr"] = step_size
         for epoch in range(epochs):
-            noise = -torch.empty(count**2).exponential_().log()  # Gumbel; the temperature is 2
+            noise = -torch.empty(count).exponential_().log()  # Gumbel; the temperature is 2
             drawn_from = ((noise + tau.detach().flatten().log_softmax(0)) / 2).softmax(0)
             if epoch == 0:
-                drawn_from = torch.ones(count**2)  # all alike
-            for _ in range(521):  # batches of 96 images
-                pairs = torch.multinomial(drawn_from, 96, replacement=True)
-                losses = mean_loss[pairs] * torch.empty(96).exponential_()  # whose deviation is its mean
-                optimizer.zero_grad()
-                (dha.policy_loss(tau, pairs, losses, "p") / len(pairs)).backward()
-                optimizer.step()
-        p = tau.detach().flatten().softmax(0)
+                drawn_from = torch.ones(count)  # all alike
+            for _ in range(50_000 // args.batch_size):
+                pairs = torch.multinomial(drawn_from, args.batch_size, replacement=True)
+                losses = mean_loss[pairs] * torch.empty(len(pairs)).exponential_()  # whose deviation is its mean
+                p = move(args, tau, optimizer, pairs, losses)
         entropy = torch.special.entr(p).sum()
         print(f"seed {seed}, {phase}: 39 of 196 pairs have {p[:39].sum():.4f} of p(tau)", end=", ")
         print(f"entropy {entropy:.4f}, largest p {p.max():.4f}", flush=True)
@@ -152,6 +161,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="planted: recoveries (3); authors: of each phase (100)")
     parser.add_argument("--steps", type=int, help="planted: between them (94); alike: at most (25,000)")
     parser.add_argument("--loss", type=float, default=1.9, help="alike: of every image")
+    parser.add_argument("--plain", action="store_true", help="alike: plain gradient steps")
     parser.add_argument("--given", action="store_true", help="planted: start with it in the support")
     mine, flags = parser.parse_known_args()
     if mine.question == "lr":
@@ -160,13 +170,11 @@ def main() -> None:
         return
     if mine.question == "authors":
         for seed in range(mine.seeds or 3):
-            authors(seed, mine.epochs or 100)
+            authors(seed, mine.epochs or 100, flags)
         return
     if mine.question == "alike":
         for seed in range(mine.seeds or 3):
-            step = alike(seed, mine.loss, mine.steps or 25_000, flags)
-            when = f"after {step:,} steps" if step else "never"
-            print(f"seed {seed}: one pair has half of p(tau) {when}", flush=True)
+            print(f"seed {seed}:", alike(seed, mine.loss, mine.steps or 25_000, flags, mine.plain), flush=True)
         return
     seeds = mine.seeds or 10
     found = [planted(seed, mine.epochs or 3, mine.steps or 94, mine.given, flags) for seed in range(seeds)]
