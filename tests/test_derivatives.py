@@ -59,12 +59,12 @@ def distance(a, b):
 
 
 def test_gradients_and_hessian_vector_products(problem):
-    """Of all parameters, of the architecture's alone, of the weights' alone; the gradient is torch.func's, too."""
+    """Along the architecture's parameters, and along the weights; the gradient is torch.func's, too."""
     leaves = problem.leaves()
     first = torch.autograd.grad(problem.loss(leaves, 0), leaves.values(), create_graph=True)
     func = torch.func.grad(problem.loss)(problem.parameters, 0)
     torch.testing.assert_close(tuple(func.values()), first, rtol=1e-12, atol=1e-12)
-    for names in (list(leaves), problem.upper, problem.lower):
+    for names in (problem.upper, problem.lower):
         v = {name: torch.randn_like(leaves[name]) for name in names}
         along = sum((g * v[name]).sum() for name, g in zip(leaves, first) if name in v)
         product = torch.autograd.grad(along, leaves.values(), retain_graph=True)

@@ -134,11 +134,14 @@ def test_eta_moves_as_torchs_optimizers_move_it(updates):
 @pytest.mark.parametrize("updates", ["printed", "scale-free"])
 def test_a_step_ends_at_the_ranges(updates):
     for sign, lr, wd in ((-1, 0.04, 4e-4), (1, 0.002, 2e-4)):
-        eta = dha.Eta(0.01, 3e-4, updates, lr_range=(0.002, 0.04), wd_range=(2e-4, 4e-4))
+        eta = dha.Eta(0.01, 3e-4, updates, 1, lr_range=(0.002, 0.04), wd_range=(2e-4, 4e-4))
         eta.step(torch.tensor(sign * 1.0), torch.tensor(sign * 1.0), 100.0)
         assert (float(eta.lr), float(eta.wd)) == pytest.approx((lr, wd), rel=1e-6)
         eta.set_lr(0.5)  # a warm-up's, or the cosine's, need not lie there
         assert float(eta.lr) == pytest.approx(0.5)
+    for wrong in (["ratio", 10], ["scale-free"]):  # the number of steps is missing
+        with pytest.raises(ValueError, match="number of steps"):
+            dha.Eta(0.01, 3e-4, *wrong)
 
 
 @pytest.mark.parametrize("updates", ["printed", "scale-free"])

@@ -18,7 +18,7 @@ def random(*shape):
     return torch.rand(*shape, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("scale", [1e-3, 0.1, 1.0, 10.0])
+@pytest.mark.parametrize("scale", [1e-3, 0.1, 10.0])
 @pytest.mark.parametrize("kind", ["random", "near a column", "columns repeat", "zero columns"])
 def test_ista_solves_the_lasso(kind, scale):
     """A batch for each of 14 to 35 candidates, and the mobile space's, in a few hundred rounds."""

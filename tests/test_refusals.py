@@ -57,7 +57,7 @@ OWN = {
     "faa-darts": {
         "--method autoaugment": "--method", "--faa-batch-size 7": "even", "--depth 39": "--depth",
         "--penalty -10": "not in", "--limit-train 3": "batch", "--tau-lr 0.1": "--tau-lr",
-        "--search-channels 3": "even", "--train-epochs 0": "nothing to do", "--genotype=DARTS_V2": "stages hand over",
+        "--search-channels 3": "even", "--train-epochs 0": "--train-epochs", "--genotype=DARTS_V2": "stages hand over",
         "--policy none": "stages hand over", "--search-only": "stages hand over", "--compare {broken}": "finished run",
     },
     "sequential dha": {"--lr 5": "--lr-range", "--label-smoothing 1": "not in", "--no-da": "stages hand over"},

@@ -50,7 +50,7 @@ def test_stopped_after_every_epoch_it_ends_the_same(script, done, tmp_path, monk
 def test_a_killed_process_goes_on(script, done, tmp_path):
     """Its lines come at once, also through a pipe. It ends like a run of this process."""
     process = script.process("--out", tmp_path / "run")
-    assert any(re.match(r"epoch 2  (search|policy)", line) for line in iter(process.stdout.readline, ""))
+    assert any(" more, until " in line for line in iter(process.stdout.readline, ""))  # the first epoch is saved
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not (tmp_path / "run" / "result.json").exists()
     process.stdout.close()
@@ -116,14 +116,14 @@ def test_a_finished_run_stays_as_it_is(script, done, refused, capsys, one_line):
     assert capsys.readouterr().out.count("finished already") == 2
     assert script.run("--out", done) == 2
     assert "--resume" in one_line() and contents(done) == before
-    refused(done, "data_dir", "--data-dir", "other")  # somebody meant another run
+    refused(done, "--data-dir", "--data-dir", "other")  # somebody meant another run
     for other in {joint, dha, baseline} - {script.module}:
         refused(done, f"holds a run of {Path(script.module.__file__).name}", module=other)
 
 
 @pytest.mark.parametrize("flags", ["--limit-test 9", "--seed 1", "--preset paper", "--layers 4", "--search-epochs 3"])
 def test_a_flag_that_contradicts_the_run_is_refused(copy, flags, refused):
-    refused(copy, flags.split()[0][2:].replace("-", "_"), *flags.split())
+    refused(copy, flags.split()[0], *flags.split())
 
 
 @pytest.mark.parametrize("name", joint.RUN_FILES)
@@ -257,7 +257,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(script,
     failing_after_a_checkpoint(tmp_path, monkeypatch, None)
     assert script.run("--out", tmp_path / "run") == 1
     said = one_line()
-    assert "not finite in epoch 2: start again with a lower --" in said
+    assert "not finite in epoch 2" in said and "with a lower --" in said
     for flag in re.findall(r"--[a-z-]+", said):
         assert hasattr(script.module.parse_args(script.short), flag[2:].replace("-", "_"))
     folder = tmp_path / "run" / "".join(script.folders[:1])

@@ -196,12 +196,11 @@ def test_plain_darts_is_the_baseline_without_a_policy(data, tmp_path, monkeypatc
 # -------- Learning --------------------------------------------------------------------------------------------------
 
 
-SHORT = "--preset quick --gpu -1 --image-size 16 --limit-test 500 --search-epochs 1"
-SEARCHED = f"{SHORT} --limit-train 2000 --search-images 128 --train-epochs 3"
+SHORT = "--preset quick --gpu -1 --limit-test 500 --search-epochs 1"
 LEARNING = {
-    "joint": (joint, SEARCHED),
-    "dha": (dha, f"{SHORT} --limit-train 4000 --train-epochs 4"),
-    "faa-darts": (baseline, f"{SEARCHED} --method faa-darts --faa-epochs 1 --faa-images 128"),
+    "joint": (joint, f"{SHORT} --limit-train 2000 --search-images 128 --train-epochs 3"),
+    "dha": (dha, f"{SHORT} --image-size 16 --limit-train 4000 --train-epochs 5"),
+    "sequential dha": (baseline, f"{SHORT} --method dha --image-size 16 --limit-train 4000 --train-epochs 5"),
 }
 
 
