@@ -27,6 +27,11 @@ torch.set_num_threads(2)
 
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
+# 2.4 was tried, and asks for a driver
+pretends_cuda = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14), reason="needs newer FakeTensors"
+)
+
 
 def pytest_configure(config):
     # A shell's background job ignores Ctrl-C, and the scripts that tests start would inherit that

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import dha
-from conftest import needs_a_gpu
+from conftest import needs_a_gpu, pretends_cuda
 
 TINY = "--preset quick --gpu -1 --channels 4 --layers 3 --batch-size 8 --out no-such-run".split()
 CPU = torch.device("cpu")
@@ -273,6 +273,7 @@ class Waits(TorchDispatchMode):
         return out
 
 
+@pretends_cuda
 @pytest.mark.parametrize("updates", ["printed", "scale-free"])
 def test_a_step_on_cuda_never_waits_for_the_host(updates, monkeypatch):
     """On pretended CUDA tensors, which have no values: whatever needs one on the host raises."""

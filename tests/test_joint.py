@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import common
 import joint_darts_faa as joint
 from common import InputError
-from conftest import needs_a_gpu
+from conftest import needs_a_gpu, pretends_cuda
 from joint_darts_faa import AUGMENTATIONS, SIGNED, Policy
 from test_dha import Waits
 
@@ -268,6 +268,7 @@ def test_given_parts_are_not_searched(one_node):
     assert not any(torch.equal(a, b) for a, b in zip(before, s.upper))
 
 
+@pretends_cuda
 def test_a_search_step_on_cuda_never_waits_for_the_host(one_node, monkeypatch):
     """On pretended CUDA tensors, which have no values: whatever needs one on the host raises."""
     calls = []

@@ -335,7 +335,9 @@ def drawn(path, seed, size):
     """What training shows of an image: a box that torchvision draws, cut out, scaled and mirrored by Pillow."""
     image = Image.open(path)
     torch.manual_seed(seed)
-    box = v2.RandomResizedCrop(size, scale=(0.08, 1), ratio=(3 / 4, 4 / 3)).make_params([image])
+    crop = v2.RandomResizedCrop(size, scale=(0.08, 1), ratio=(3 / 4, 4 / 3))
+    draw = getattr(crop, "make_params", None) or crop._get_params  # its name in torchvision 0.19
+    box = draw([image])
     left, top = box["left"], box["top"]
     image = image.crop((left, top, left + box["width"], top + box["height"]))
     image = image.resize((size, size), Image.Resampling.BILINEAR)
