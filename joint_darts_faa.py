@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.4", "torchvision>=0.19", "numpy", "pillow", "tqdm", "matplotlib", "scipy"]
+# dependencies = ["torch>=2.4", "torchvision>=0.19", "numpy>=1.26", "pillow>=9.4", "tqdm", "matplotlib>=3.7", "scipy"]
 # ///
 """Joint search of augmentation policy and architecture: DARTS and Faster AutoAugment, searched together by gradients.
 
