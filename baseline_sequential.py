@@ -6,7 +6,7 @@
 
     python baseline_sequential.py --method faa-darts --preset quick              # minutes on 2 CPU cores
     python baseline_sequential.py --method dha --dataset cifar10 --gpu 0         # the paper's size
-    python baseline_sequential.py --resume --out runs/baseline_sequential-cifar10-seed0
+    python baseline_sequential.py --resume --out runs/baseline_sequential-dha-cifar10-seed0
     python baseline_sequential.py --compare runs/*                               # a table of runs of any script
 
 Each line of faa_then_darts, darts and nas_then_train runs one script, in a folder of its own in --out, and passes on
@@ -576,6 +576,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if args.compare:
         return args
 
+    if args.method and not args.out:
+        args.out = joint_darts_faa.default_out(f"baseline_sequential-{args.method}", args)
     args = joint_darts_faa.resume_flags(parser, argv, args, __file__)
     if not args.method:
         parser.error("--method is missing: faa-darts, darts or dha")

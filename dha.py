@@ -128,7 +128,7 @@ def policy_loss(
     Raises ValueError for other updates.
     """
     losses = losses.detach()
-    p = tau.flatten().softmax(0)
+    p = tau.flatten().softmax(0)  # (196,)
     drawn = p.gather(0, pairs)  # p_k(tau), (B,)
     if updates == "printed":
         return -(drawn * losses).mean()  # Eq. (2)
@@ -140,7 +140,7 @@ def policy_loss(
     if batch_mean is None:
         batch_mean = losses.mean()
     ratio = drawn / drawn.detach()
-    entropy = torch.special.entr(p).sum()
+    entropy = -(p * tau.flatten().log_softmax(0)).sum()
     return -(ratio * (losses - batch_mean)).sum() - ENTROPY_WEIGHT * len(pairs) * entropy  # Eq. (2), scale-free
 
 
@@ -1133,7 +1133,7 @@ def add_run_flags(parser: argparse.ArgumentParser, presets: list[str]) -> None:
     add("--gpu", type=at_least(-1), default=0 if torch.cuda.is_available() else -1, help="GPU number; -1 is the CPU")
     add("--amp", action="store_true", help="bfloat16 autocast, to save memory (GPU only)")
     add("--compile", action="store_true", help="torch.compile the network that is trained; takes minutes to begin")
-    add("--out", type=os.path.expanduser, help="run directory; None: runs/<script>-<dataset>-seed<seed>")
+    add("--out", type=os.path.expanduser, help="run directory; None: runs/<what runs>-<dataset>-seed<seed>")
     add("--resume", action="store_true", help="go on with the run in --out, if there is one")
 
 
@@ -1165,6 +1165,12 @@ def note_unused(argv: list[str], flags: list[str], chosen: str) -> None:
             print(f"note: {flag} does nothing with {chosen}")
 
 
+def default_out(name: str, args: argparse.Namespace) -> str:
+    """The run directory where --out is not given. A folder of images goes by its own name."""
+    dataset = Path(args.data_dir).resolve().name if args.dataset == "folder" else args.dataset
+    return f"runs/{name}-{dataset}-seed{args.seed}"
+
+
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "genotype.json", "policy.json", "model.pt", "result.json")
 PLACES = ("out", "resume", "gpu", "amp", "compile", "workers", "data_dir")  # flags that --resume may change
 
@@ -1178,11 +1184,7 @@ def resume_flags(
     run's own.
     """
     name = Path(script).stem
-    if not args.out:
-        dataset = args.dataset
-        if dataset == "folder":
-            dataset = Path(args.data_dir).resolve().name
-        args.out = f"runs/{name}-{dataset}-seed{args.seed}"
+    args.out = args.out or default_out(name, args)
     folder = Path(args.out)
 
     # A new run begins where there is none

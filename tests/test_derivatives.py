@@ -1,13 +1,11 @@
-"""Second derivatives of the supernets, which second-order methods take. Oracle: differences of the gradient, float64.
-
-(Those of common.Network are in test_networks.py.)
-"""
+"""Second derivatives of the networks, which second-order methods take. Oracle: differences of the gradient, float64."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
+from common import GENOTYPES, Network
 from dha import SparseSupernet
 from joint_darts_faa import DartsSupernet
 
@@ -15,12 +13,14 @@ STEP = 1e-8  # so small that no ReLU and no maximum changes sides
 
 
 class Problem:
-    """A supernet in float64 and training: its loss on two batches, as a function of its parameters."""
+    """A network in float64 and training: its loss on two batches, as a function of its parameters."""
 
     def __init__(self, kind):
         torch.manual_seed(0)
         if kind == "darts":
             self.net = DartsSupernet(4, 5, 3)
+        elif kind in GENOTYPES:
+            self.net = Network(GENOTYPES[kind], 5, channels=4, layers=3)
         else:
             self.net = SparseSupernet(4, 5, 3, b_scale=0.3)
             self.net.freeze(2)  # its strengths are constant, its batch norms learn
@@ -47,9 +47,12 @@ class Problem:
         return {name: (p + step * direction.get(name, 0.0)).requires_grad_() for name, p in self.parameters.items()}
 
 
-@pytest.fixture(params=["darts", "sparse"])
+@pytest.fixture
 def problem(request, one_thread):
     return Problem(request.param)
+
+
+SUPERNETS = ["darts", "sparse"]
 
 
 def distance(a, b):
@@ -58,13 +61,14 @@ def distance(a, b):
     return float((a - b).norm() / b.norm())
 
 
+@pytest.mark.parametrize("problem", [*SUPERNETS, "DARTS_V2", "PC_DARTS_cifar"], indirect=True)
 def test_gradients_and_hessian_vector_products(problem):
     """Along the architecture's parameters, and along the weights; the gradient is torch.func's, too."""
     leaves = problem.leaves()
     first = torch.autograd.grad(problem.loss(leaves, 0), leaves.values(), create_graph=True)
     func = torch.func.grad(problem.loss)(problem.parameters, 0)
     torch.testing.assert_close(tuple(func.values()), first, rtol=1e-12, atol=1e-12)
-    for names in (problem.upper, problem.lower):
+    for names in filter(None, (problem.upper, problem.lower)):
         v = {name: torch.randn_like(leaves[name]) for name in names}
         along = sum((g * v[name]).sum() for name, g in zip(leaves, first) if name in v)
         product = torch.autograd.grad(along, leaves.values(), retain_graph=True)
@@ -76,6 +80,7 @@ def test_gradients_and_hessian_vector_products(problem):
         assert distance(product, differences) < 1e-5
 
 
+@pytest.mark.parametrize("problem", SUPERNETS, indirect=True)
 def test_the_architectures_gradient_through_a_step_of_the_weights(problem):
     """Second-order DARTS, Eq. (8) with xi > 0: of L_val(w - xi dL_train/dw, alpha), by alpha, or b."""
     xi = 0.5

@@ -71,23 +71,6 @@ def test_each_preset_has_its_updates_and_their_step_sizes(flags):
     assert (args.updates, args.tau_lr, args.beta, args.lr_range, args.wd_range) == UPDATES[flags]
 
 
-@pytest.mark.parametrize(
-    "flags", ["--updates ratio", "--da-weight p", "--tau-lr 1 2 3", "--lr 0.2", "--updates printed --weight-decay 1e-3"]
-)
-def test_flags_of_the_updates_are_checked(flags, one_line):
-    """More of them, of every script, in test_refusals.py."""
-    with pytest.raises(SystemExit, match="2"):
-        dha.parse_args([*TINY, *flags.split()])
-    one_line()
-
-
-def test_flags_that_do_nothing_are_said(capsys):
-    flags = "--no-da --tau-lr 1 --no-hpo --beta=1 --lr 9 --weight-decay 0 --genotype DARTS_V2 --b-scale 1 --amp"
-    assert not dha.parse_args([*TINY, *flags.split()]).amp
-    said = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in said] == ["--tau-lr", "--beta", "--b-scale", "--amp"]
-
-
 def test_cells_have_a_limit_unless_one_is_given_or_the_architecture_is():
     found = []
     for flags in ("", "--preset quick", "--preset imagenet", "--space mobilenet"):

@@ -24,12 +24,8 @@ torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1  # else torch waits 5 s f
 
 
 @pytest.fixture(autouse=True)
-def seeded_on_one_thread():
+def seed(one_thread):
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def fail(kind, *arguments):

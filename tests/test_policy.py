@@ -83,6 +83,12 @@ def test_expected_gradient_of_the_loss(how):
     torch.testing.assert_close(total, expected, rtol=0, atol=1e-12)
 
 
+def test_a_policy_that_ended_on_one_pair_has_a_finite_gradient():
+    tau = torch.zeros(14, 14)
+    tau[2, 3] = 200.0  # the other probabilities are 0 in float32
+    assert gradient(tau, torch.full((8,), 31), torch.rand(8), "scale-free").isfinite().all()
+
+
 def test_the_losses_are_constants_and_other_updates_are_refused():
     tau, losses = torch.zeros(14, 14, requires_grad=True), torch.rand(64, requires_grad=True)
     dha.policy_loss(tau, torch.randint(196, (64,)), losses).backward()

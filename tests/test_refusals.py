@@ -51,6 +51,7 @@ OWN = {
     },
     "dha": {
         "--lr 5": "--lr-range", "--weight-decay 0.5": "--wd-range", "--beta 1 2 3": "two",
+        "--updates printed --weight-decay 1e-3": "--wd-range", "--tau-lr 1 2 3": "two", "--updates ratio": "--updates",
         "--genotype {broken}/nodes3.json": "", "--genotype DARTS_V2 --train-epochs 0": "nothing to do",
         "--space mobilenet --layers 20": "--layers", "--policy none": "--policy",
     },
@@ -103,7 +104,8 @@ NOTES = [  # flags that do nothing: which, and because of which
     ("joint", "--genotype DARTS_V2 --arch-lr=1", "--arch-lr does nothing with --genotype"),
     ("joint", "--genotype DARTS_V2 --policy none --search-layers 4", "--search-layers does nothing with a given"),
     ("dha", "--no-da --tau-lr 5", "--tau-lr does nothing with --no-da"),
-    ("dha", "--no-hpo --beta 5", "--beta does nothing with --no-hpo"),
+    ("dha", "--no-hpo --beta=5 --lr 9", "--beta does nothing with --no-hpo"),
+    ("dha", "--genotype DARTS_V2 --b-scale 1", "--b-scale does nothing with --genotype"),
     ("sequential dha", "--critic-weight 9", "--critic-weight does nothing with --method dha"),
     ("joint", "--amp", "--amp is for a GPU"),
     ("dha", "--amp", "--amp is for a GPU"),
@@ -119,10 +121,11 @@ def test_a_flag_in_vain_is_a_note(script, flags, note, capsys):
 
 @only("joint", "dha", "faa-darts")
 def test_a_run_is_named_by_its_script_data_and_seed(script, monkeypatch, tmp_path):
-    """For --dataset folder by the folder. A tilde after = is home, though no shell says so."""
+    """A baseline also by its method; a folder of images by its name. A tilde after = is home, as in no shell."""
     monkeypatch.setenv("HOME", str(tmp_path))
+    name = script.module.__name__ + ("-faa-darts" if script.module is baseline else "")
     args = script.module.parse_args([*script.short, "--data-dir=~/birds/", "--seed", "3", "--epochs", "7"])
-    assert args.out == f"runs/{script.module.__name__}-birds-seed3"
+    assert args.out == f"runs/{name}-birds-seed3"
     assert args.data_dir == f"{tmp_path}/birds/" and args.train_epochs in (7, "7")
     args = script.module.parse_args([*script.short, "--dataset", "shapes"])
-    assert args.out == f"runs/{script.module.__name__}-shapes-seed0"
+    assert args.out == f"runs/{name}-shapes-seed0"
