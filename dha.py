@@ -1015,7 +1015,7 @@ PRESETS = {
     "paper": {},  # the defaults of the flags: CIFAR-10
     "scale-free": dict(updates="scale-free"),  # the paper's sizes [C]
     "quick": dict(  # [C]
-        dataset="shapes", search_epochs=3, train_epochs=4, batch_size=64, channels=8, layers=3, lr=0.05,
+        dataset="shapes", search_epochs=2, train_epochs=4, batch_size=32, channels=8, layers=3, lr=0.05,
         arch_lr=3e-3, b_scale=0.1, drop_path=0.0, auxiliary_weight=0.0, cutout=0, updates="scale-free", tau_lr=[0.04],
     ),
     "imagenet": dict(  # [A: DARTS; its warm-up ISTA-NAS; the updates and wd_range C]
@@ -1025,7 +1025,7 @@ PRESETS = {
     ),
 }  # fmt: skip
 MOBILENET = dict(channels=32, layers=21, auxiliary_weight=0.0, drop_path=0.0, max_params=0)  # ProxylessNAS' size
-MOBILENET_QUICK = dict(channels=8, layers=11, search_epochs=2, train_epochs=6, b_scale=0.5)
+MOBILENET_QUICK = dict(channels=8, layers=11, search_epochs=2, train_epochs=6, batch_size=64, b_scale=0.5)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:

@@ -130,14 +130,14 @@ SHARE = float((HARD / 0.3).softmax(0)[:39].sum())  # p ~ exp(l / 0.3): from 0.19
 
 
 def test_equal_losses_leave_the_policy_near_uniform():
-    """For twice the 651 steps of quick, at its step."""
-    p = after(1_302, torch.ones(196), "--preset", "quick")
+    """For twice the 1,122 steps of quick, at its step."""
+    p = after(2_244, torch.ones(196), "--preset", "quick")
     assert torch.special.entr(p).sum() > 5.2 and p.max() < 0.02
 
 
 def test_harder_pairs_gain_as_the_closed_form_says_at_quicks_step():
     assert SHARE == pytest.approx(0.326, abs=1e-3)
-    for steps in (651, 1_302):  # and it stays there
+    for steps in (1_122, 2_244):  # and it stays there
         p = after(steps, HARD, "--preset", "quick")
         assert float(p[:39].sum()) == pytest.approx(SHARE, abs=0.05) and p.max() < 0.03
 

@@ -5,7 +5,7 @@
     python tests/benchmarks/known_answer_dha.py alike      # does Eq. 2 leave pairs that lose alike uniform?
     python tests/benchmarks/known_answer_dha.py authors    # how far does Eq. 2 move p(tau) with the authors' settings?
 
-lr: three epochs of quick's run on `shapes`, without DA, at a twentieth of its learning rate, with Eq. 3 and
+lr: three epochs of quick's network on `shapes`, without DA, at a twentieth of its learning rate, with Eq. 3 and
 without. Prints lr after every epoch and the test accuracy.
 
 planted: images are noise, and one candidate of the third node of normal cells, sep_conv_3x3 on state 1, is
@@ -48,7 +48,7 @@ def small_lr(seed: int, flags: list[str]) -> None:
     for hpo in ([], ["--no-hpo"]):
         with tempfile.TemporaryDirectory() as folder:
             out = f"{folder}/run"
-            given = ["--preset", "quick", "--no-da", "--lr", "0.0025", "--search-epochs", "1", "--train-epochs", "2"]
+            given = "--preset quick --batch-size 64 --no-da --lr 0.0025 --search-epochs 1 --train-epochs 2".split()
             args = dha.parse_args([*given, "--seed", str(seed), "--out", out, *hpo, *flags])
             with contextlib.redirect_stdout(io.StringIO()):
                 dha.run_dha(args, torch.device("cpu"))
@@ -123,7 +123,7 @@ def move(args: argparse.Namespace, tau: torch.Tensor, optimizer: torch.optim.SGD
 def alike(seed: int, loss: float, steps: int, flags: list[str], plain: bool) -> str:
     """What becomes of pairs none of which is better than another."""
     torch.manual_seed(seed)
-    args, tau, optimizer = policy(["--preset", "quick", *flags], plain)
+    args, tau, optimizer = policy(["--preset", "quick", "--batch-size", "64", *flags], plain)
     losses = torch.full((args.batch_size,), loss)
     for step in range(1, steps + 1):
         p = move(args, tau, optimizer, dha.sample_pairs(tau, len(losses)), losses)
