@@ -20,7 +20,7 @@ one loss and no validation split, and nothing is retrained.
     alpha    a coefficient for each candidate of a node: each operation on each state (the two inputs of the cell, and
              its earlier nodes)
     b        a short code of alpha, which Adam trains in its place: 7 numbers per node
-    A        random and fixed; alpha is decoded from b = A alpha
+    A        random and fixed; alpha is decoded from b, which is close to A alpha
 
 Only a node's support runs. For each state take the operation with the largest |alpha|, then keep the two strongest of
 these: that is the child network of Figure 1. The paper samples it in every iteration; ISTA-NAS' code fixes it for an
@@ -109,7 +109,7 @@ def apply_pairs(images: Tensor, pairs: Tensor) -> Tensor:
 def policy_loss(
     tau: Tensor, pairs: Tensor, losses: Tensor, updates: str = "printed", batch_mean: Tensor | None = None
 ) -> Tensor:
-    """L^DA of Eq. (2), which tau moves to lower. Its gradient goes to tau alone.
+    """L^DA of Eq. (2); tau is moved to lower it. Its gradient goes to tau alone.
 
     tau (14, 14); pairs (B,), drawn from p(tau), and losses (B,), L_k, of the same images. Two readings of the paper's
     "importance weight"; l_j is the mean loss of images with pair j:
@@ -131,7 +131,7 @@ def policy_loss(
     p = tau.flatten().softmax(0)  # (196,)
     drawn = p.gather(0, pairs)  # p_k(tau), (B,)
     if updates == "printed":
-        return -(drawn * losses).mean()  # Eq. (2)
+        return -(drawn * losses).mean()  # Eq. (2); the mean over the images [A]
     if updates != "scale-free":
         raise ValueError(f'updates are "printed" or "scale-free", not {updates!r}')
 
@@ -191,8 +191,8 @@ class Eta:
     """lr and wd, and the two ways in which Eq. (3) moves them.
 
     "printed" [P]: eta = (lr, wd) by SGD, with the authors' momentum, weight decay and limits [A]. Once the loss falls
-    slowly, the mean of dL/dlr hardly depends on lr. So lr moves by as much in each step, and a run of a tenth of the
-    steps needs a beta that is ten times as large.
+    slowly, the mean of dL/dlr hardly depends on lr. So lr moves by as much in each step, and to move as far a run of a
+    tenth of the steps needs a beta that is ten times as large.
 
     "scale-free" [C], for runs of any length: what hardly changed between runs of 2,500 and of 40,000 steps is the mean
     of the gradient over its root mean square. So eta is (log lr, log wd), and Adam without momentum, which divides by
@@ -405,7 +405,7 @@ class SparseCell(nn.Module):
                 o = strength * o
                 node = o if node is None else node + o  # alpha_j^T o_j, section 2.3
             states.append(node)
-        return torch.cat(states[2:], 1)  # (B, 4 channels, H, W)
+        return torch.cat(states[2:], 1)  # (B, 4 * channels, H, W); H and W are halved in a reduction cell
 
 
 class SparseSupernet(nn.Module):
@@ -525,8 +525,8 @@ class SparseSupernet(nn.Module):
     def strengths(self, k: int) -> Tensor:
         """What multiplies the outputs of node k's support, (kept,): section 2.3's b^T A - alpha^T E, E = A^T A - I.
 
-        That equals alpha + A^T (b - A alpha): alpha, plus A^T times the part of b that alpha does not explain. Before
-        that alpha is set to 0 off the support [A: ISTA-NAS]. alpha is constant, so that the gradient goes to b. For a
+        That equals alpha + A^T (b - A alpha): alpha, plus A^T times the part of b that alpha does not explain. In it
+        alpha counts as 0 off the support [A: ISTA-NAS]. alpha is constant, so that the gradient goes to b. For a
         frozen node all is constant.
         """
         if self.frozen[k]:
@@ -804,9 +804,9 @@ def train_step(s: Learned, images: Tensor, labels: Tensor, args: argparse.Namesp
     average_gradients([*ran, *s.net.b, s.tau])
 
     # 3. Eq. (3), for the previous step. The paper moves eta at the end of an iteration, with a second pass on "a
-    #    mini-batch" at the new theta. We take the next batch [C]: its gradient at this theta is there already. (The
-    #    public code does the second pass, on images without pairs, without auxiliary head and label smoothing.) Only
-    #    weights that moved then and have a gradient now count
+    #    mini-batch" at the new theta. We take the next batch [C]: its gradient at this theta is there already, with
+    #    the new tau and b. (The public code does the second pass, on images without pairs, without auxiliary head and
+    #    label smoothing.) Only weights that moved then and have a gradient now count
     moved = [weight for weight in ran if weight in s.velocity]
     if moved and not args.no_hpo:
         grads = [weight.grad for weight in moved]
@@ -1013,7 +1013,7 @@ STEP_SIZES = {  # of the two --updates
 }
 PRESETS = {
     "paper": {},  # the defaults of the flags: CIFAR-10
-    "scale-free": dict(updates="scale-free"),  # the paper's sizes [C]
+    "scale-free": dict(updates="scale-free"),  # all else as in paper
     "quick": dict(  # [C]
         dataset="shapes", search_epochs=2, train_epochs=4, batch_size=32, channels=8, layers=3, lr=0.05,
         arch_lr=3e-3, b_scale=0.1, drop_path=0.0, auxiliary_weight=0.0, cutout=0, updates="scale-free", tau_lr=[0.04],
