@@ -272,18 +272,15 @@ def faa_batch_size(args: argparse.Namespace, count: int) -> int:
     return min(args.faa_batch_size, args.faa_images, count) // halves * halves
 
 
-def prepare_faa(args: argparse.Namespace, device: torch.device) -> common.Data:
-    """The data of a policy search; raises InputError where they do not fit its flags."""
-    data = joint_darts_faa.load_data(args, device)
+def check_faa(args: argparse.Namespace, data: common.Data) -> None:
+    """Raise InputError where the data do not fit the flags of a policy search."""
     count = len(data.train_images)
     common.check_batch(count, faa_batch_size(args, count), WORLD)
-    return data
 
 
-def run_faa(args: argparse.Namespace, device: torch.device) -> None:
+def run_faa(args: argparse.Namespace, device: torch.device, data: common.Data) -> None:
     """Faster AutoAugment; the run directory --out holds all that comes out, policy.json above all."""
     out = Path(args.out)
-    data = prepare_faa(args, device)
     with joint_darts_faa.locked(out):
         history, checkpoint = joint_darts_faa.open_run(args, data, device, *FASTER_AA.files)
         print(f"{args.dataset}: {data.describe()}")
@@ -374,30 +371,31 @@ class Script(NamedTuple):
 
     files: tuple[str, ...]  # the script, and what it imports
     parse_args: Callable  # (argv) -> flags
-    prepare: Callable  # (flags, device) -> data; raises InputError where they do not fit
-    run: Callable  # (flags, device); goes on where it was stopped
+    check: Callable  # (flags, data); raises InputError where they do not fit
+    run: Callable  # (flags, device, data); goes on where it was stopped
 
 
 JOINT = Script(
     (joint_darts_faa.__file__, common.__file__),
     joint_darts_faa.parse_args,
-    joint_darts_faa.prepare_joint,
+    joint_darts_faa.check_joint,
     joint_darts_faa.run_joint,
 )
-DHA = Script((dha.__file__, common.__file__), dha.parse_args, dha.prepare_dha, dha.run_dha)
+DHA = Script((dha.__file__, common.__file__), dha.parse_args, dha.check_dha, dha.run_dha)
 
 
 class Stages:
     """Runs the stages of a baseline, which is called twice: in the first pass each stage's flags and data are checked.
 
     In the second pass it runs. So a wrong flag of the last stage is found before the first one begins. argv: the
-    baseline's command line.
+    baseline's command line. data: those of all stages.
     """
 
-    def __init__(self, argv: list[str], args: argparse.Namespace, device: torch.device):
+    def __init__(self, argv: list[str], args: argparse.Namespace, device: torch.device, data: common.Data):
         self.argv = argv
         self.args = args
         self.device = device
+        self.data = data
         self.checked = {}  # {folder: (script, flags)}; flags: None if the stage is finished
 
     def __call__(self, folder: str, script: Script, *own_flags: str, **files: Path) -> Path:
@@ -413,7 +411,7 @@ class Stages:
                 if RANK == 0:
                     shutil.copyfile(file, out / file.name)
             print(f"\n{out}")
-            script.run(flags, self.device)
+            script.run(flags, self.device, self.data)
         return out
 
     def check(self, out: Path, script: Script, own_flags: tuple, files: dict) -> argparse.Namespace | None:
@@ -431,7 +429,7 @@ class Stages:
                 argv += [f"--{name}", str(file)]
         with contextlib.redirect_stdout(None):  # no notes: a flag that one stage does not use is for another
             flags = script.parse_args(argv)
-        script.prepare(flags, self.device)
+        script.check(flags, self.data)
         return flags
 
 
@@ -444,7 +442,7 @@ def run_baseline(argv: list[str], args: argparse.Namespace, device: torch.device
 
     data = joint_darts_faa.load_data(args, device)
     baseline = BASELINES[args.method]
-    stage = Stages(argv, args, device)
+    stage = Stages(argv, args, device, data)
     baseline(stage)  # checks flags and data, and writes nothing
     with joint_darts_faa.locked(out):
         # Every stage gets its folder, with its flags: then to resume the baseline is to resume its stages
@@ -628,9 +626,7 @@ def without_own_flags(argv: list[str]) -> list[str]:
     return own.parse_known_args(argv)[1]
 
 
-FASTER_AA = Script(
-    (__file__, common.__file__, dha.__file__, joint_darts_faa.__file__), parse_args, prepare_faa, run_faa
-)
+FASTER_AA = Script((__file__, common.__file__, dha.__file__, joint_darts_faa.__file__), parse_args, check_faa, run_faa)
 
 
 def main(argv: list[str]) -> None:

@@ -140,7 +140,7 @@ def policy_loss(
     if batch_mean is None:
         batch_mean = losses.mean()
     ratio = drawn / drawn.detach()
-    entropy = -(p * tau.flatten().log_softmax(0)).sum()
+    entropy = -(p * tau.flatten().log_softmax(0)).sum()  # (the gradient of p.log() is NaN where p rounds to 0)
     return -(ratio * (losses - batch_mean)).sum() - ENTROPY_WEIGHT * len(pairs) * entropy  # Eq. (2), scale-free
 
 
@@ -872,15 +872,17 @@ def from_process_0(alpha: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def run_dha(args: argparse.Namespace, device: torch.device) -> None:
-    """Search and train one network; the run directory --out holds all that comes out."""
+def run_dha(args: argparse.Namespace, device: torch.device, data: common.Data | None = None) -> None:
+    """Search and train one network; the run directory --out holds all that comes out. data: None loads them."""
     out = Path(args.out)
     if (out / "result.json").exists():
         print(f"{out} is finished already:", (out / "result.json").read_text())
         return
 
     # Errors of flags and data come first, before anything is written
-    data = prepare_dha(args, device)
+    if data is None:
+        data = load_data(args, device)
+    check_dha(args, data)
     s = begin(args, data, device)
     with locked(out):
         history, checkpoint = open_run(args, data, device, __file__, common.__file__)
@@ -893,15 +895,13 @@ def run_dha(args: argparse.Namespace, device: torch.device) -> None:
         search_and_train(s, args, data, history)
 
 
-def prepare_dha(args: argparse.Namespace, device: torch.device) -> common.Data:
-    """The data of a run; raises InputError where they do not fit its flags. Writes nothing but data it downloads."""
-    data = load_data(args, device)
+def check_dha(args: argparse.Namespace, data: common.Data) -> None:
+    """Raise InputError where the data do not fit the flags of a run."""
     common.check_batch(len(data.train_images), args.batch_size, WORLD)
     if args.cutout >= 2 * data.train_images.shape[3]:
         raise InputError(f"--cutout {args.cutout} always hides the whole image: give less")
     if args.auxiliary_weight:
         common.check_auxiliary(data.train_images.shape[3])
-    return data
 
 
 def begin(args: argparse.Namespace, data: common.Data, device: torch.device) -> Learned:
@@ -1133,7 +1133,7 @@ def add_run_flags(parser: argparse.ArgumentParser, presets: list[str]) -> None:
     add("--gpu", type=at_least(-1), default=0 if torch.cuda.is_available() else -1, help="GPU number; -1 is the CPU")
     add("--amp", action="store_true", help="bfloat16 autocast, to save memory (GPU only)")
     add("--compile", action="store_true", help="torch.compile the network that is trained; takes minutes to begin")
-    add("--out", type=os.path.expanduser, help="run directory; None: runs/<what runs>-<dataset>-seed<seed>")
+    add("--out", type=os.path.expanduser, help="run directory; None: one in runs/, named by what runs on which data")
     add("--resume", action="store_true", help="go on with the run in --out, if there is one")
 
 

@@ -158,10 +158,11 @@ def augment(images: Tensor, policy: Policy) -> Tensor:
     L, K, _ = policy.z.shape
     B = len(images)
     which = torch.randint(L, (B,), device=images.device)  # a sub-policy for every image
+    selections = policy.selection()[which]  # (B, K, 16)
     for k in range(K):
         # A draw from Cat(selection) for every image: with e_n from Exp(1), selection_n / e_n is the largest with
         # probability selection_n. (torch.multinomial makes a GPU wait)
-        selection = policy.selection()[which, k]  # (B, 16)
+        selection = selections[:, k]
         drawn = (selection / torch.empty_like(selection).exponential_()).argmax(1)
 
         # Eq. (1): it is applied with probability p. The sign counts for operations in SIGNED alone (apply_each)
@@ -269,7 +270,7 @@ class DartsCell(nn.Module):
             nodes.append(node)
             if j + 1 < NODES:  # no edge reads the last node
                 x.append(self.begin[j + 2](node))
-        return torch.cat(nodes, 1)  # (B, 4 channels, H, W)
+        return torch.cat(nodes, 1)  # (B, 4 * channels, H, W); H and W are halved in a reduction cell
 
 
 class DartsSupernet(nn.Module):
@@ -459,15 +460,17 @@ def search_step(s: JointSearch, val: tuple[Tensor, Tensor], train: tuple[Tensor,
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def run_joint(args: argparse.Namespace, device: torch.device) -> None:
-    """Search, then train one network; the run directory --out holds all that comes out."""
+def run_joint(args: argparse.Namespace, device: torch.device, data: common.Data | None = None) -> None:
+    """Search, then train one network; the run directory --out holds all that comes out. data: None loads them."""
     out = Path(args.out)
     if (out / "result.json").exists():
         print(f"{out} is finished already:", (out / "result.json").read_text())
         return
 
     # Errors of flags, data and files come first, before anything is written
-    data = prepare_joint(args, device)
+    if data is None:
+        data = load_data(args, device)
+    check_joint(args, data)
     genotype, policy = given_or_found(args)
     with locked(out):
         history, checkpoint = open_run(args, data, device, __file__, common.__file__)
@@ -490,10 +493,8 @@ def run_joint(args: argparse.Namespace, device: torch.device) -> None:
             save_joint(args, data, device, genotype, net, history)
 
 
-def prepare_joint(args: argparse.Namespace, device: torch.device) -> common.Data:
-    """The data of a run; raises InputError where they do not fit its flags. Writes nothing but data it downloads."""
-    data = load_data(args, device)
-
+def check_joint(args: argparse.Namespace, data: common.Data) -> None:
+    """Raise InputError where the data do not fit the flags of a run."""
     # Are there enough images for the batches of the search and of the training, and can the processes share them?
     count = len(data.train_images)
     if not (args.genotype and args.policy != "search"):
@@ -506,7 +507,6 @@ def prepare_joint(args: argparse.Namespace, device: torch.device) -> common.Data
             raise InputError(f"--cutout {args.cutout} always hides the whole image: give less")
         if args.auxiliary_weight:
             common.check_auxiliary(data.train_images.shape[3])
-    return data
 
 
 def given_or_found(args: argparse.Namespace) -> tuple[Genotype | None, Policy | None]:
@@ -807,7 +807,7 @@ def add_run_flags(parser: argparse.ArgumentParser, presets: list[str]) -> None:
     add("--gpu", type=at_least(-1), default=0 if torch.cuda.is_available() else -1, help="GPU number; -1 is the CPU")
     add("--amp", action="store_true", help="bfloat16 autocast, to save memory (GPU only)")
     add("--compile", action="store_true", help="torch.compile the network that is trained; takes minutes to begin")
-    add("--out", type=os.path.expanduser, help="run directory; None: runs/<what runs>-<dataset>-seed<seed>")
+    add("--out", type=os.path.expanduser, help="run directory; None: one in runs/, named by what runs on which data")
     add("--resume", action="store_true", help="go on with the run in --out, if there is one")
 
 

@@ -218,8 +218,12 @@ def test_compare_counts_a_run_once(tmp_path, capsys):
 
 DAMAGE = {
     "no folder": shutil.rmtree,
+    "no config": lambda run: (run / "config.json").unlink(),
     "cut off": lambda run: (run / "result.json").write_text("{"),
+    "a list": lambda run: (run / "result.json").write_text("[]"),
     "a search only": lambda run: joint.save(run / "result.json", {"method": "DARTS", "seed": 0}),
+    "not text": lambda run: (run / "result.json").write_bytes(b"\xff\0"),
+    "no args": lambda run: (run / "config.json").write_text("{}"),
 }
 
 

@@ -166,6 +166,28 @@ def test_rows_can_be_run(command, tmp_path, monkeypatch):
     importlib.import_module(script.removesuffix(".py")).parse_args(flags)
 
 
+def test_rows_wait_for_what_they_are_given():
+    assert table.needed("joint", "DARTS' cells, joint policy") == ["DARTS", "jointly"]
+    assert not any(table.needed("dha", row) for row in table.TABLES["dha"])
+
+
+def test_no_run_starts_after_one_that_failed(tmp_path, monkeypatch):
+    started = []
+
+    def run(name, row, seed, mine, before):
+        started.append((row, seed))
+        if row == "fails":
+            raise SystemExit("it failed")
+
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    monkeypatch.setattr(table, "TABLES", {"two": {"works": "", "fails": ""}})
+    monkeypatch.setattr(table, "run", run)
+    monkeypatch.setattr("sys.argv", ["table.py", "two", "--jobs", "1", "--data-dir", str(tmp_path)])
+    with pytest.raises(SystemExit, match="it failed"):
+        table.main()
+    assert started == [("works", 0), ("fails", 0)]
+
+
 def test_steps_of_policy_and_cells():
     """Of Figure 2: half of the draws move to another operation; one operation, then one edge of the cells changes."""
     cell = [("skip_connect", 0), ("sep_conv_3x3", 1)] * 4

@@ -177,10 +177,11 @@ def test_a_baseline_is_its_commands_one_after_the_other(script, done, tmp_path):
 
 
 def test_plain_darts_is_the_baseline_without_a_policy(data, tmp_path, monkeypatch):
-    """Here the stages only note how they are called, and leave files."""
-    called = []
+    """Here the stages only note how they are called, and leave files. The data are loaded once."""
+    called, loaded = [], []
+    monkeypatch.setattr(common, "load_data", lambda *given, real=common.load_data: loaded.append(1) or real(*given))
 
-    def run(args, device):
+    def run(args, device, data):
         called.append((Path(args.out).name, args.policy, args.search_only, args.genotype))
         joint.save(Path(args.out) / "result.json", {"test_accuracy": 90.0, "seed": 0, **joint.costs([])})
         joint.save(Path(args.out) / "metrics.jsonl", [])
@@ -190,6 +191,7 @@ def test_plain_darts_is_the_baseline_without_a_policy(data, tmp_path, monkeypatc
     flags = "--method darts --preset quick --dataset folder --gpu -1 --out run --data-dir"
     assert call(baseline, *flags.split(), data) == 0
     assert called == [("search", "none", True, None), ("train", "none", False, "run/search/genotype.json")]
+    assert loaded == [1]
     assert result(tmp_path / "run")["method"] == "DARTS" and not (tmp_path / "run" / "policy.json").exists()
 
 
