@@ -1227,14 +1227,20 @@ def draw_joint(out: Path, history: list[dict], genotype: Genotype, images: Tenso
 
 def draw_curves(path: Path, history: list[dict], panels: dict[str, list[str]]) -> None:
     """A panel for each title, with the named numbers of the records over the epochs; dashed: the search ends."""
+    # Without the numbers that no record has: a run may be a search alone, or a training
+    recorded = {name for record in history for name in record}
+    panels = {title: [name for name in names if name in recorded] for title, names in panels.items()}
+    panels = {title: names for title, names in panels.items() if names}
+
     figure = Figure(figsize=(4 * len(panels), 3.4), layout="constrained")
     axes = figure.subplots(1, len(panels))
-    search_ends = 0.5 + sum(record["phase"] != "train" for record in history)
+    searched = sum(record["phase"] != "train" for record in history)
     for axis, (title, names) in zip(axes, panels.items()):
         for name in names:
             records = [record for record in history if name in record]
             axis.plot([record["epoch"] for record in records], [record[name] for record in records], ".-", label=name)
-        axis.axvline(search_ends, color="0.5", linestyle="--")
+        if 0 < searched < len(history):
+            axis.axvline(0.5 + searched, color="0.5", linestyle="--")
         axis.set(title=title, xlabel="epoch")
         axis.locator_params(axis="x", integer=True)
         axis.legend()

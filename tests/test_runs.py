@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import baseline_sequential as baseline
@@ -136,6 +137,21 @@ def test_a_fault_in_a_figure_loses_no_result(script, copy, done, monkeypatch, ca
     assert script.run("--resume", "--out", copy) == 0
     assert "warning: a figure could not be drawn: ZeroDivisionError" in capsys.readouterr().out
     assert_same(copy, done)
+
+
+def test_curves_have_the_panels_and_names_that_were_recorded(tmp_path, monkeypatch):
+    """And a dashed line between search and training, where there are both."""
+    figures = []
+    monkeypatch.setattr(joint, "Figure", lambda **size: figures.append(Figure(**size)) or figures[-1])
+    panels = {"loss": ["loss", "val_loss"], "accuracy": ["test_accuracy"], "skips": ["skip_connects"]}
+    search = {"epoch": 1, "phase": "search", "loss": 2.0, "val_loss": 2.1, "skip_connects": 3}
+    train = {"epoch": 2, "phase": "train", "loss": 1.0, "test_accuracy": 50.0}
+    for records in ([search], [train], [search, train]):
+        joint.draw_curves(tmp_path / "curves.png", records, panels)
+    names = [{axis.get_title(): len(axis.get_legend().get_texts()) for axis in figure.axes} for figure in figures]
+    assert names == [{"loss": 2, "skips": 1}, {"loss": 1, "accuracy": 1}, {"loss": 2, "accuracy": 1, "skips": 1}]
+    dashed = [[line.get_linestyle() for line in figure.axes[0].lines].count("--") for figure in figures]
+    assert dashed == [0, 0, 1]
 
 
 def test_a_world_size_of_others_is_not_torchruns(monkeypatch):
