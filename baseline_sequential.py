@@ -507,7 +507,7 @@ def compare(folders: list[str]) -> str:
                 settings.pop("policy", None)
 
             # Places and the seed are no settings, nor is the preset, which only sets others. --amp changes results
-            hidden = {*joint_darts_faa.PLACES, "seed", "compare", "preset"} - {"amp"}
+            hidden = {*joint_darts_faa.FREE_ON_RESUME, "seed", "compare", "preset"} - {"amp"}
             if result["dataset"] == "folder":
                 hidden.remove("data_dir")
             for given in ("genotype", "policy"):  # files by their name, because a path may contain the seed

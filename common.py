@@ -4,9 +4,9 @@
     net = Network(GENOTYPES["DARTS_V2"], num_classes=10, channels=36, layers=20)
     logits = net(normalize(data.test_images[:8], *mean_std(data.train_images)))
 
-Small images (CIFAR, SVHN, shapes, folders without --image-size or with one below 64) are one uint8 tensor on the
-training device, from which a batch is picked by indices. Others are files that a DataLoader reads: Photos. `loader`
-hides the difference from a training loop.
+CIFAR, SVHN, shapes and image files that are scaled to less than 64 pixels, or not at all, are one uint8 tensor, from
+which a batch is picked by indices. Other image files are read by a DataLoader, batch by batch: Photos. `loader` hides
+the difference from a training loop.
 """
 
 import ast
@@ -60,7 +60,7 @@ class Data(NamedTuple):
     classes: list[str]
 
     def to(self, device: torch.device | str) -> "Data":
-        """The same data set on a device. Photos stay files; their batches go where the labels are."""
+        """The same data set on a device. Photos stay files; their batches go to the labels' device."""
         parts = [part.to(device) if isinstance(part, Tensor) else part for part in self[:4]]
         return Data(*parts, self.classes)
 
@@ -90,12 +90,13 @@ def load_data(
     workers: int = 4,
     seed: int = 0,
 ) -> Data:
-    """Load one of DATASETS, as tensors, or image files as Photos from an image_size of 64 on. torchvision downloads.
+    """Load one of DATASETS: as tensors, or as Photos where image files are scaled to 64 pixels or more.
 
     image_size: side in pixels. None: 224 for photographs, the images' own size for all others.
-    limit_train, limit_test: use a random subset of this size, which does not depend on seed.
+    limit_train, limit_test: use a random subset of this size, which does not depend on seed (but sport8's split does).
     workers: processes that read photographs, 0 for none. seed: draws sport8's split, nothing else.
-    Raises InputError or OSError where data are missing or damaged, or no network can be trained on them.
+    CIFAR, SVHN and Flowers102 are downloaded where they are missing. Raises InputError or OSError where other data
+    are missing, data are damaged, or no network can be trained on them.
     """
     root = Path(data_dir)
     if dataset == "shapes":
@@ -157,7 +158,7 @@ def _small_images(dataset: str, root: Path) -> tuple[tuple, tuple, list[str]]:
 
 
 def _torchvision(name: str, root: Path, **part) -> Dataset:
-    """One of torchvision.datasets, downloaded if it is not in `root`. Raises InputError for whatever that raises."""
+    """One of torchvision.datasets, downloaded if it is not in `root`. All that it raises becomes an InputError."""
     try:
         return getattr(torchvision.datasets, name)(str(root), download=True, **part)
     except ImportError as error:
@@ -292,14 +293,14 @@ UPRIGHT = {
 def load_image(path: str | Path) -> Image.Image:
     """An image file as RGB, upright as a viewer shows it (EXIF); 16 bits of gray are scaled to 8.
 
-    Raises InputError with the file's name, whatever Pillow raises, and for images in floating point, whose
-    scale nobody knows.
+    Raises InputError with the file's name, whatever Pillow raises, and for images in floating point or of more than 16
+    bits, whose scale nobody knows.
     """
     try:
         with open(path, "rb") as file, Image.open(file) as image:  # given a path, Pillow misreads some turned TIFFs
             image.load()
 
-            # Pillow has turned a TIFF already. Damaged EXIF raises one of these: the image stays as it is stored.
+            # Pillow has turned a TIFF already. If EXIF is damaged, the image stays as it is stored.
             # (ImageOps.exif_transpose also fails where the damage is in another tag)
             turn = None
             if image.format != "TIFF":
@@ -351,7 +352,7 @@ class Photos(Dataset):
         if seed is None:
             return self.test_view(image)
 
-        # A seed for each view, so that any number of workers shows the same. (torch.manual_seed seeds the GPU, too)
+        # A seed for each view: it is the same with any number of workers. (torch.manual_seed seeds the GPU, too)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return self.train_view(image)
@@ -395,7 +396,7 @@ def batch_indices(
 ) -> Tensor:
     """One epoch of `count` images in random order: indices (steps, batch_size // world), int64, on the CPU.
 
-    independent: every batch is drawn from all images, also from those of other batches; else no image comes twice.
+    independent: every batch is drawn from all images, so that one may come twice in an epoch; else none does.
 
     A batch holds at most all images; an incomplete last one is left out. Process `rank` of `world` gets its
     share of every batch. Raises InputError as check_batch does.
@@ -416,9 +417,9 @@ def loader(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of `order`: uint8 images (B, 3, H, W) and labels (B,).
 
-    order: tensors of indices, where the labels are. train: a random view of every image; of a tensor
-    random_crop_flip, of Photos torchvision's RandomResizedCrop and flip. workers: processes that read Photos, if
-    not images.workers, for example where two loaders run at once. The batches are the same for any number.
+    order: tensors of indices, on the labels' device. train: a random view of every image, for a tensor
+    random_crop_flip, for Photos torchvision's RandomResizedCrop and flip. workers: processes that read Photos;
+    None: images.workers. The batches are the same for any number.
     """
     if isinstance(images, Tensor):
         for batch in order:
@@ -464,7 +465,7 @@ def _read(photos: Photos, keys: list[list[tuple]], workers: int) -> Iterator[Ten
         for batch in reader:
             yield torch.from_numpy(batch)
 
-    # Raised in a worker its text is a traceback, whose last line is our message
+    # A worker's error comes with its traceback as text, whose last line is our message
     except InputError as error:
         raise InputError(str(error).splitlines()[-1].removeprefix("common.InputError: ")) from None
 
@@ -502,7 +503,7 @@ def _as_array(views: list[Tensor]) -> np.ndarray:
 
 
 def random_crop_flip(images: Tensor) -> Tensor:
-    """Shift every image (B, C, H, W) by up to 4 pixels each way, filled up with zeros; mirror half of them."""
+    """Shift every image (B, C, H, W) by up to 4 pixels each way, filled up with zeros; mirror it or not, by chance."""
     B, C, H, W = images.shape
     device = images.device
     rows = torch.randint(0, 9, (B, 1), device=device) + torch.arange(H, device=device)  # (B, H)
@@ -613,7 +614,7 @@ def shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _edge_distance(name: str, x: Tensor, y: Tensor) -> Tensor:
-    """Signed distance of (x, y) to the edge of a figure of about unit radius: negative inside."""
+    """About the distance of (x, y) to the edge of a figure of about unit radius; negative inside."""
     radius = (x**2 + y**2).sqrt()
 
     def box(cx: float, cy: float, w: float, h: float) -> Tensor:
@@ -660,7 +661,7 @@ PRIMITIVES = (
     "dil_conv_5x5",
 )
 
-# ProxylessNAS' operations: how much a layer widens, and its kernel
+# ProxylessNAS' operations, for dha.py --space mobilenet: how much a layer widens, and its kernel
 MOBILE_PRIMITIVES = (
     "mbconv3_3x3",
     "mbconv6_3x3",
@@ -718,8 +719,8 @@ def save_genotype(genotype: Genotype | list[str], path: str | Path) -> None:
 def load_genotype(name_or_path: str | Path, space: str = "cells") -> Genotype | list[str]:
     """A genotype by its name in GENOTYPES, or from a file, whose text parse_genotype explains.
 
-    "genotypes.py:PDARTS" is the one that the file gives this name. Raises InputError where there is no such name
-    or file, or the file holds no genotype that a network can be built from.
+    "genotypes.py:PDARTS" is the one that the file gives this name. space: "cells" or "mobilenet". Raises InputError
+    where there is no such name or file, or the file holds no genotype that a network can be built from.
     """
     if space == "cells" and str(name_or_path) in GENOTYPES:
         return GENOTYPES[str(name_or_path)]
@@ -738,7 +739,7 @@ def parse_genotype(text: str, space: str = "cells", name: str | None = None) -> 
     """A genotype from what people have: `Genotype(...)`, or a dictionary such as our JSON, anywhere in a text.
 
     Operations may be nested node by node, as khanrc/pt.darts does. Of several the one with this name is meant; else
-    the last one, or what the last line of a Python file names: `PCDARTS = PC_DARTS_cifar`. In the space
+    the last one, or what a Python file assigns last, for example `PCDARTS = PC_DARTS_cifar`. In the space
     "mobilenet": a list of one of MOBILE_PRIMITIVES per layer. Raises InputError.
     """
     if space == "mobilenet":
@@ -810,7 +811,7 @@ def _named_genotypes(text: str) -> dict[str, str]:
 
 
 def _bracketed(text: str, start: str, opening: str, closing: str) -> list[str]:
-    """The parts of a text from each match of `start`, with an opening bracket in it, to where that is closed.
+    """The parts of a text from each match of `start`, whose first bracket is an opening one, to where that one closes.
 
     A part that is cut off, by the text's end or by the next match, is left out.
     """
@@ -925,8 +926,9 @@ def relu_conv_bn(c_in: int, c_out: int) -> nn.Sequential:
 
 
 class FactorizedReduce(nn.Module):
-    """Halve the resolution without losing pixels: two 1x1 convolutions of stride 2, the second shifted by a pixel.
+    """Halve the resolution: ReLU, two 1x1 convolutions on every second pixel, batch norm.
 
+    One reads the even pixels of the even rows, the other the odd pixels of the odd rows; half of all are not read.
     (B, c_in, H, W) to (B, c_out, H/2, W/2), rounded up; c_out must be even.
     """
 
@@ -1039,9 +1041,9 @@ def drop_path(x: Tensor, p: float | Tensor, training: bool) -> Tensor:
 class Cell(nn.Module):
     """One cell of a genotype.
 
-    s0 (B, c_before, H, W), the output of the cell before the previous one, and s1 (B, c_in, H, W), the previous
-    one's, to (B, channels * len(concat), H, W). With `halved` s0 has twice s1's height and width; with `reduction`
-    the output has half of it.
+    It takes s0 (B, c_before, H, W), the output of the cell before the previous one, and s1 (B, c_in, H, W), the
+    previous one's, and returns (B, channels * len(concat), H, W). With `halved` s0 has twice s1's height and width;
+    with `reduction` the output has half of it.
     """
 
     def __init__(self, genotype: Genotype, c_before: int, c_in: int, channels: int, reduction: bool, halved: bool):

@@ -4,8 +4,8 @@
 # ///
 """DHA: learn weights, augmentation policy, learning rate, weight decay and architecture of a network in one run.
 
-    python dha.py --preset quick                               # minutes on 2 CPU cores, nothing to download
-    python dha.py --dataset cifar10 --gpu 0                    # the paper's size
+    python dha.py --preset quick                               # minutes on 2 CPU cores; our scale-free updates, below
+    python dha.py --dataset cifar10 --gpu 0                    # the paper's method with its authors' numbers
     torchrun --nproc-per-node 4 dha.py --dataset cifar10       # one process per GPU
     python dha.py --resume --out runs/dha-cifar10-seed0        # go on where it stopped
 
@@ -18,7 +18,7 @@ one loss and no validation split, and nothing is retrained.
     lr, wd   learning rate and weight decay: the paper's eta
     beta     step size with which eta moves
     alpha    a coefficient for each candidate of a node: each operation on each state (the two inputs of the cell, and
-             its earlier nodes)
+             its earlier nodes). The paper calls it a probability; as decoded, some are negative
     b        a short code of alpha, which Adam trains in its place: 7 numbers per node
     A        random and fixed; alpha is decoded from b, which is close to A alpha
 
@@ -36,7 +36,8 @@ One iteration:
 
 Before the search, and after each of its epochs but the final one, alpha is decoded from b (Eq. 4), which may change the
 support. A node whose alpha hardly moves is frozen: its support is final, and its weights go on learning. After
---search-epochs all nodes are frozen. Then the other candidates are deleted, and the same weights train on.
+--search-epochs all nodes are frozen, if they were not earlier. Then the other candidates are deleted, and the same
+weights train on.
 
 Eqs. (2) and (3) can be run in two ways, --updates: "printed", the paper's, moved by the optimizers and step sizes of
 its authors' code; and "scale-free", ours, for runs of any length. policy_loss and Eta say what the two compute, and why
@@ -75,12 +76,12 @@ from common import FactorizedReduce, Genotype, InputError
 TORCHRUN = dist.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
-QUIET = True if RANK > 0 else None  # tqdm's disable; None: no bar where there is no terminal
+QUIET = True if RANK > 0 else None  # for tqdm's `disable`; None: no bar where there is no terminal
 
 GRAD_CLIP = 5.0  # largest norm of the weights' gradient [A: DARTS]
 LASSO = 1e-5  # lambda of Eq. (4) [A: ISTA-NAS]
 ENTROPY_WEIGHT = 0.3  # of p(tau)'s entropy in the scale-free Eq. (2) [C]
-FREEZE_DISTANCE = 1e-3  # a node whose alpha moved no more than this in an epoch is frozen [A: ISTA-NAS]
+FREEZE_DISTANCE = 1e-3  # a node whose alpha moved no further (2-norm) in an epoch is frozen [A: ISTA-NAS]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The augmentation policy (section 2.1): 14 operations [P], listed in AUGMENTATIONS at the end of the file [A]; tau has
@@ -135,8 +136,8 @@ def policy_loss(
     if updates != "scale-free":
         raise ValueError(f'updates are "printed" or "scale-free", not {updates!r}')
 
-    # The ratio is 1, its gradient that of log p_k. Subtracting the mean takes noise away and changes B to B - 1. The
-    # entropy counts once for each image, as the losses do
+    # The ratio is 1, its gradient that of log p_k. Subtracting the mean takes noise away, and changes the docstring's B
+    # to B - 1. The entropy is weighted by B
     if batch_mean is None:
         batch_mean = losses.mean()
     ratio = drawn / drawn.detach()
@@ -170,10 +171,10 @@ def hypergradient(
 ) -> tuple[Tensor, Tensor]:
     """The gradient of Eq. (3), (dL/dlr, dL/dwd), through the sgd_step that led to theta_plus.
 
-    theta_plus: theta^(t+1), the weights after that step. grads: dL/dtheta there, before clipping. velocity: the step's
-    v. lr: its learning rate. The lists hold the weights that moved in the step and have a gradient at theta_plus; the
-    others contribute nothing and must be left out. The weights and the v before the step count as constant (end of
-    section 2.2).
+    theta_plus: theta^(t+1), the weights after that step. grads: dL/dtheta there, before clipping (Eq. 3 has the loss's
+    own gradient; only the step of theta is clipped). velocity: the step's v. lr: its learning rate. The lists hold the
+    weights that moved in the step and have a gradient at theta_plus; the others contribute nothing and must be left
+    out. The weights before the step count as constant (end of section 2.2), and so does their v [A].
     """
     # Each as one vector, with a number for every weight
     g = torch.cat([tensor.flatten() for tensor in grads])
@@ -191,16 +192,16 @@ class Eta:
     """lr and wd, and the two ways in which Eq. (3) moves them.
 
     "printed" [P]: eta = (lr, wd) by SGD, with the authors' momentum, weight decay and limits [A]. Once the loss falls
-    slowly, the mean of dL/dlr hardly depends on lr. So lr moves by as much in each step, and to move as far a run of a
-    tenth of the steps needs a beta that is ten times as large.
+    slowly, the mean of dL/dlr hardly depends on lr, so that lr moves by about as much in every step. A run of a tenth
+    of the steps needs a beta ten times as large if lr is to move as far.
 
-    "scale-free" [C], for runs of any length: what hardly changed between runs of 2,500 and of 40,000 steps is the mean
-    of the gradient over its root mean square. So eta is (log lr, log wd), and Adam without momentum, which divides by
-    that root, moves it by about beta / T in a step. If the gradient never changed, lr would change by beta factors of e
-    in a run of T steps.
+    "scale-free" [C], for runs of any length: between our runs of 2,500 and of 40,000 steps one thing hardly changed,
+    the mean of dL/dlog lr over its root mean square. So eta is (log lr, log wd), and Adam without momentum, which
+    divides by that root, moves it by about beta / T in a step. If the gradient never changed, lr would change by beta
+    factors of e in a run of T steps.
 
-    lr, wd: at the start. steps: T, needed for "scale-free". lr_range, wd_range: a step leaves lr and wd in these.
-    Raises ValueError for other updates, or where T is missing.
+    lr, wd: at the start. steps: T, needed for "scale-free". lr_range, wd_range: each step clamps lr and wd to these;
+    the defaults are the authors', for "printed". Raises ValueError for other updates, or where T is missing.
     """
 
     def __init__(
@@ -280,7 +281,7 @@ def ista(A: Tensor, b: Tensor, lam: float, tolerance: float = 1e-9, rounds: int 
 
     It ends when no optimality condition (KKT) is violated by more than `tolerance`, as a share of max |A^T b|, and
     raises ArithmeticError after `rounds` rounds. Raises ValueError for numbers that have no solution. Float64 on the
-    CPU: on a GPU it would be 15,000 small kernels.
+    CPU: on a GPU it would be thousands of small kernels.
     """
     if not (b.is_floating_point() and A.isfinite().all() and b.isfinite().all() and lam >= 0):
         raise ValueError("ista needs finite numbers, a b of floating-point type, and lam >= 0")
@@ -348,7 +349,7 @@ def select_support(alpha: Tensor, counts: list[int], kept: int, ops: tuple[str, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The supernet: every candidate exists, those of the support run. (ProxylessNAS' space stands before the augmentations.)
+# The supernet: every candidate exists, those of the support run. (ProxylessNAS' space is near the end of this file.)
 # ---------------------------------------------------------------------------------------------------------------------
 
 NODES = 4  # of a cell; node j reads the states 0 .. j + 1, of which 0 and 1 are the cell's inputs
@@ -358,9 +359,9 @@ OPS = common.PRIMITIVES[1:]  # without "none", as both public one-stage codes [A
 class SparseCell(nn.Module):
     """A DARTS cell with all candidates, each of which ends in a batch norm; or with a given support alone.
 
-    c_before, c_in: channels of the inputs s0 and s1; halved: s1 has half the height and width of s0. first_node: the
-    number, in the supernet, of the cell's first node. given: pairs (operation, state) for each of its nodes; None: all
-    candidates.
+    c_before, c_in: channels of the inputs s0 and s1. halved: whether s1 has half the height and width of s0.
+    first_node: the number, in the supernet, of the cell's first node. given: pairs (operation, state) for each of its
+    nodes; None: all candidates.
     """
 
     def __init__(
@@ -411,19 +412,19 @@ class SparseCell(nn.Module):
 class SparseSupernet(nn.Module):
     """Normalised images (B, 3, H, W) to logits (B, num_classes).
 
-    With `auxiliary`, in training, to (logits, auxiliary logits). `layers` cells share 8 nodes: 4 of the normal cell, 4
-    of the reduction cell. Of node k:
+    With `auxiliary`, in training, to (logits, auxiliary logits). There are `layers` cells of two kinds, normal and
+    reduction. Cells of a kind have one architecture, 4 nodes, and weights of their own. Of node k of these 8:
 
         b[k] (7,), A[k] (7, 35), alpha[k] (35,)    A has zeros where the node has fewer candidates
         support[k]                                 pairs (operation, state) that run, called S below
         A_S[k] (7, 2), alpha_S[k] (2,)             A and alpha on the support
-        frozen[k], frozen_strengths[k] (2,)        is its search over? Then these multiply its outputs
+        frozen[k], frozen_strengths[k] (2,)        is its search over? Then these multiply its operations' outputs
 
     b_scale: standard deviation of b at the start. given: the architecture, if it is not searched (see to_support); then
     all strengths are 1. Raises InputError if it does not fit.
 
-    Another space (MobileSupernet, at the end of the file) has other ops, kept and code, and its own count_states,
-    build, genotype and skip_connects; to it a "cell" is one layer, with one node. All else is the same.
+    Another space (MobileSupernet, near the end of the file) sets `ops`, `kept` and `code` otherwise, and has its own
+    count_states, build, genotype and skip_connects; to it a "cell" is one layer, with one node. All else is the same.
     """
 
     ops = OPS
@@ -526,8 +527,8 @@ class SparseSupernet(nn.Module):
         """What multiplies the outputs of node k's support, (kept,): section 2.3's b^T A - alpha^T E, E = A^T A - I.
 
         That equals alpha + A^T (b - A alpha): alpha, plus A^T times the part of b that alpha does not explain. In it
-        alpha counts as 0 off the support [A: ISTA-NAS]. alpha is constant, so that the gradient goes to b. For a
-        frozen node all is constant.
+        alpha counts as 0 off the support, and as constant, so that the gradient goes to b [A: ISTA-NAS]. For a frozen
+        node all is constant.
         """
         if self.frozen[k]:
             return self.frozen_strengths[k]
@@ -610,7 +611,7 @@ class SparseSupernet(nn.Module):
         return Genotype(normal, [2, 3, 4, 5], reduce, [2, 3, 4, 5])
 
     def skip_connects(self) -> tuple[int, int]:
-        """How many operations of the normal cell are skip-connections, and of how many."""
+        """Of the normal cell: the number of skip-connections, and that of all operations."""
         names = [name for name, _ in sum(self.support[:NODES], [])]
         return names.count("skip_connect"), len(names)
 
@@ -651,8 +652,8 @@ def cost_share(net: SparseSupernet, support: list, args: argparse.Namespace, ima
 def start_within_limits(net: SparseSupernet, args: argparse.Namespace, image_size: int) -> None:
     """Bring the first, random support under the limits of Eq. (1), node by node.
 
-    Each draw gives one node a b near the code of a random candidate, which mostly makes that one its strongest; the
-    draw is undone if it raises cost_share. Raises InputError after 300 draws.
+    Each draw gives one node, as its b, the code of a random candidate, with some noise and times b_scale: mostly that
+    candidate is then its strongest. The draw is undone if it raises cost_share. Raises InputError after 300 draws.
     """
     lowest = cost_share(net, net.support, args, image_size)
     for draw in range(300):
@@ -713,7 +714,7 @@ class Learned:
         self.std = std.to(device)
 
     def collect_theta(self) -> None:
-        """theta is what the network has now: freezing adds the weights of batch norms, pruning deletes candidates."""
+        """Make theta the weights that there are now: freezing adds those of batch norms, pruning deletes candidates."""
         self.theta = [weight for name, weight in self.net.named_parameters() if not name.startswith("b.")]
         self.velocity = {weight: self.velocity[weight] for weight in self.theta if weight in self.velocity}
 
@@ -797,16 +798,17 @@ def train_step(s: Learned, images: Tensor, labels: Tensor, args: argparse.Namesp
     if not args.no_da:
         if args.updates == "printed":
             loss_DA = policy_loss(s.tau, pairs, losses)
-        else:  # a sum over the batch, of which average_gradients would make a mean over the processes
+        else:  # a sum over the batch: times WORLD, because average_gradients divides by it
             loss_DA = WORLD * policy_loss(s.tau, pairs, losses, args.updates, mean_of_batch(losses))
         loss_DA.backward()
     ran = [weight for weight in s.theta if weight.grad is not None]
     average_gradients([*ran, *s.net.b, s.tau])
 
-    # 3. Eq. (3), for the previous step. The paper moves eta at the end of an iteration, with a second pass on "a
-    #    mini-batch" at the new theta. We take the next batch [C]: its gradient at this theta is there already, with
-    #    the new tau and b. (The public code does the second pass, on images without pairs, without auxiliary head and
-    #    label smoothing.) Only weights that moved then and have a gradient now count
+    # 3. Eq. (3), for the previous step. The paper moves eta at the end of an iteration, by a second pass at the new
+    #    theta on "a mini-batch of training data B^tr". (So it also calls the batch that moved theta; its code takes
+    #    another one.) We take the next batch [C]: its gradient at this theta is there already, with the new tau and b.
+    #    (The code's second pass is on images without pairs, without auxiliary head and label smoothing.) Only weights
+    #    that moved then and have a gradient now count
     moved = [weight for weight in ran if weight in s.velocity]
     if moved and not args.no_hpo:
         grads = [weight.grad for weight in moved]
@@ -835,7 +837,7 @@ def decode_and_freeze(s: Learned, args: argparse.Namespace, image_size: int, fin
 
     After the `final` epoch nothing is decoded any more, and all nodes freeze. When all are frozen, the network is
     pruned. Returns how far each node's alpha moved; None where nothing was decoded, or the new support breaks a
-    limit of Eq. (1): then the old one stays.
+    limit of Eq. (1): then the old alpha and support stay, and no node freezes.
     """
     # The new alpha, unless its support breaks a limit; and which nodes have settled
     searched = [k for k, frozen in enumerate(s.net.frozen) if not frozen]
@@ -939,14 +941,14 @@ def search_and_train(s: Learned, args: argparse.Namespace, data: common.Data, hi
             s.net.drop_path_prob = torch.tensor(args.drop_path * progress, device=device)
         if args.compile and not searching and s.model is s.net:  # from now on its graph stays the same
             s.model = torch.compile(s.net)
-        if args.no_hpo:  # constant while searching, then from lr to lr / 25 along half a cosine [A: ISTA-NAS]
+        if args.no_hpo:  # constant while searching, then from lr towards lr / 25 along half a cosine [A: ISTA-NAS]
             s.eta.set_lr(args.lr * (0.04 + 0.96 * (1 + math.cos(math.pi * progress)) / 2))
         if epoch < args.warmup_epochs:  # each of these epochs starts at its own lr; within it Eq. (3) moves lr
             s.eta.set_lr(args.lr * (epoch + 1) / args.warmup_epochs)
 
         # Each batch is drawn from all images [C], so that an epoch may show an image twice: for Eq. (3) a batch must be
-        # independent of those before it. With batches of one permutation, which share no image, dL/dlr would be too
-        # large, and lr would fall too early
+        # independent of those before it. Batches of one permutation share no image: what one has too much of, the
+        # others have too little of. So dL/dlr would be too large, and lr would fall too early
         seed = seed_epoch(args.seed, epoch)
         order = common.batch_indices(count, args.batch_size, seed, RANK, WORLD, independent=True).to(device)
         batches = common.loader(data.train_images, data.train_labels, order, train=True)
@@ -1042,7 +1044,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument_group("network and training").add_argument
     add("--search-epochs", type=at_least(1), default=120, help="maximum length of the search [A: ISTA-NAS' README]")
     add("--train-epochs", "--epochs", type=at_least(0), default=600, help="epochs after the search, same weights [A]")
-    add("--batch-size", type=at_least(2), default=96, help="images per step; batch norm: per process [A: DARTS]")
+    add("--batch-size", type=at_least(2), default=96, help="images per step, of all processes together [A: DARTS]")
     add("--channels", type=at_least(2), default=36, help="channels of the first cells, even [A: DARTS]")
     add("--layers", type=at_least(3), default=20, help="cells; reductions at 1/3 and 2/3 [A: DARTS]")
     add("--lr", type=at_least(0.0), default=0.0255, help="learning rate of theta at the start [A]")
@@ -1052,10 +1054,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--label-smoothing",
         type=at_least(0.0, 1.0),
         default=0.0,
-        help="share of a label for all classes alike [A: DARTS]",
+        help="share of a label that all classes get alike [A: DARTS]",
     )
     add("--warmup-epochs", type=at_least(0), default=0, help="epochs in which lr rises to --lr [A: ISTA-NAS]")
-    add("--drop-path", type=at_least(0.0, 1.0), default=0.2, help="probability at the end of training [A: DARTS]")
+    add("--drop-path", type=at_least(0.0, 1.0), default=0.2, help="probability towards which it rises [A: DARTS]")
     add("--cutout", type=at_least(0), default=16, help="side of the square, in pixels [A: DARTS]")
 
     add = parser.add_argument_group("policy (Eq. 2), lr and wd (Eq. 3), architecture (Eqs. 1, 4)").add_argument
@@ -1121,11 +1123,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def add_run_flags(parser: argparse.ArgumentParser, presets: list[str]) -> None:
     """The flags that say what to run, and on what."""
-    add = parser.add_argument_group("what to run, on what (nothing of the method: no marks)").add_argument
-    add("--preset", choices=presets, default="paper", help="other values of the flags that are not given")
+    add = parser.add_argument_group("what to run, on what (not the method: no marks)").add_argument
+    add("--preset", choices=presets, default="paper", help="changes the defaults of other flags")
     add("--dataset", choices=common.DATASETS, default="cifar10", help="data set")
     add("--data-dir", type=os.path.expanduser, default="data", help="where data sets are, or are downloaded to")
-    add("--image-size", type=at_least(8), help="scale to this side; None: 224 for photographs, else as they are")
+    add("--image-size", type=at_least(8), help="scale to this side; None: photographs to 224, others not at all")
     add("--limit-train", type=at_least(2), help="use only so many training images; None: all")
     add("--limit-test", type=at_least(1), help="use only so many test images; None: all")
     add("--workers", type=at_least(0), default=4, help="processes that read photographs")
@@ -1158,7 +1160,7 @@ def at_least(low: float, below: float = math.inf):
 
 
 def note_unused(argv: list[str], flags: list[str], chosen: str) -> None:
-    """Say which of these flags the command line gives in vain, because of the chosen one."""
+    """Say which of these flags do nothing, because of the chosen one."""
     given = [word.split("=")[0] for word in argv]
     for flag in flags:
         if flag in given:
@@ -1172,7 +1174,7 @@ def default_out(name: str, args: argparse.Namespace) -> str:
 
 
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "genotype.json", "policy.json", "model.pt", "result.json")
-PLACES = ("out", "resume", "gpu", "amp", "compile", "workers", "data_dir")  # flags that --resume may change
+FREE_ON_RESUME = ("out", "resume", "gpu", "amp", "compile", "workers", "data_dir")  # flags that --resume may change
 
 
 def resume_flags(
@@ -1180,7 +1182,7 @@ def resume_flags(
 ) -> argparse.Namespace:
     """The flags of the run in --out, if --resume goes on with one; else args, which begin a new run.
 
-    script: the path of the one that runs. Ends the program where --out holds another run, or a flag contradicts the
+    script: its path. Ends the program where --out holds another run, or a flag contradicts the
     run's own.
     """
     name = Path(script).stem
@@ -1206,9 +1208,9 @@ def resume_flags(
 
     # argparse keeps what the namespace has, where argv does not say otherwise
     args, _ = parser.parse_known_args(argv, argparse.Namespace(**{**saved, "out": args.out}))
-    finished = (folder / "result.json").exists()  # then its result is shown, which is not that of other data
+    finished = (folder / "result.json").exists()  # then its result is shown: not for other data
     for flag, value in saved.items():
-        free = flag in PLACES and not (finished and flag == "data_dir")
+        free = flag in FREE_ON_RESUME and not (finished and flag == "data_dir")
         if not free and getattr(args, flag) != value:
             name = "--" + flag.replace("_", "-")
             parser.error(f"{folder} was started with {name} {value}: leave out the flags that differ")
@@ -1251,7 +1253,7 @@ def announce(what: str, device: torch.device, net: nn.Module, steps: int) -> Non
 
 
 def say_end(what: str, seconds: float, epochs: int) -> None:
-    """Say when `what` ends, if it has so many more epochs, of so many seconds each."""
+    """Say when `what` ends: it has `epochs` more, each of which takes `seconds`."""
     left = timedelta(seconds=round(seconds * epochs))
     print(f"{what} takes about {left} more, until {datetime.now() + left:%d %b %H:%M}")
 
@@ -1311,7 +1313,7 @@ def finite_means(means: Tensor, learned: list[Tensor], epoch: int, flags: str) -
 def locked(folder: Path) -> Iterator[None]:
     """Make the folder, and lock it against other processes.
 
-    The lock ends with the block, or with this process and those that it started, also if it is killed.
+    The lock ends with the block. If this process is killed, it ends with it and the processes that it started.
     """
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1333,7 +1335,7 @@ def locked(folder: Path) -> Iterator[None]:
 def open_run(
     args: argparse.Namespace, data: common.Data, device: torch.device, *scripts: str
 ) -> tuple[list[dict], dict]:
-    """Begin the run in --out, or go on with it: its history, and all of its checkpoint.pt; both empty at the start.
+    """Begin the run in --out, or go on with it. Returns its history and its whole checkpoint.pt, empty at the start.
 
     scripts: the file that runs, and those it needs; copies of them, as they are at the start, are kept. Raises
     InputError where the run was started on other data, or its checkpoint is damaged.
@@ -1409,7 +1411,7 @@ def save_dha(s: Learned, args: argparse.Namespace, data: common.Data, history: l
     net = s.net
     net.auxiliary = None  # only training needs it
     genotype = net.genotype()
-    save(out / "metrics.jsonl", history)  # the run may have been killed before it could
+    save(out / "metrics.jsonl", history)  # a killed run may have saved its checkpoint alone
     common.save_genotype(genotype, out / "genotype.json")
     p = s.tau.detach().cpu().flatten().softmax(0).view(s.tau.shape)
     if not args.no_da:
@@ -1430,10 +1432,10 @@ def save_dha(s: Learned, args: argparse.Namespace, data: common.Data, history: l
     save(out / "model.pt", model)
     try:
         draw_dha(out, history, net, None if args.no_da else p)
-    except Exception as error:  # no fault of a figure loses the result
+    except Exception as error:  # a fault in a figure must not lose the result
         print(f"warning: a figure could not be drawn: {type(error).__name__}: {error}")
 
-    # A name for the run. Table 1 has One-Stage ISTA and DHA
+    # A name for the run: those of Table 1 where they fit; --updates is not part of it
     method = "given genotype" if args.genotype else "DHA"
     if args.no_da:
         method += " without DA"
@@ -1480,7 +1482,7 @@ if __name__ == "__main__":
     os.environ["MPLBACKEND"] = "agg"  # the environment may name a backend that is not installed
 try:
     from matplotlib.figure import Figure
-except (ImportError, ValueError):
+except (ImportError, ValueError):  # ValueError: MPLBACKEND names no backend
     Figure = None  # no figures
 
 
@@ -1513,8 +1515,8 @@ def draw_dha(out: Path, history: list[dict], net: SparseSupernet, p: Tensor | No
 
 
 def draw_curves(path: Path, history: list[dict], panels: dict[str, list[str]]) -> None:
-    """A panel for each title, with the named numbers of the records over the epochs; dashed: the search ends."""
-    # Without the numbers that no record has: a run may be a search alone, or a training
+    """A panel for each title, with the named numbers of the records over the epochs; dashed where the search ends."""
+    # Leave out numbers that no record has: a run may be a search alone, or a training alone
     recorded = {name for record in history for name in record}
     panels = {title: [name for name in names if name in recorded] for title, names in panels.items()}
     panels = {title: names for title, names in panels.items() if names}
@@ -1590,9 +1592,9 @@ def mobile_operation(name: str, c_in: int, c_out: int, stride: int) -> nn.Sequen
 
 
 class MobileLayer(nn.Module):
-    """A layer with all candidates, of which one runs: x + MBConv(x), or x alone. given: that candidate alone.
+    """A layer with all candidates, of which one runs: x + strength MBConv(x), or x alone. given: only that candidate.
 
-    Where stride or width change there is no x. In the supernet it is a cell of one node, number first_node.
+    Where stride or width change there is no shortcut x. In the supernet it is a cell of one node, number first_node.
     (B, c_in, H, W) to (B, c_out, H/stride, W/stride).
     """
 
@@ -1619,8 +1621,8 @@ class MobileLayer(nn.Module):
         name, state = support[0][0]
         strength = strengths[0][0]
 
-        # Strengths of some 0.01, layer after layer, would leave nothing of x. So a skip-connection is x itself; its
-        # strength gets the gradient that it would have as a factor of x [C]
+        # Strengths are far below 1, and layer after layer would leave nothing of x. So a skip-connection is x itself;
+        # its strength gets the gradient that it would have as a factor of x [C]
         if name == "skip_connect":
             return x * (1 + (strength - strength.detach()))
 
@@ -1632,7 +1634,7 @@ class MobileLayer(nn.Module):
 
 
 class MobileSupernet(SparseSupernet):
-    """SparseSupernet of 5 n + 1 layers, each a node that keeps one of 7 operations.
+    """SparseSupernet of 5 n + 1 layers, each a node that keeps one of 6 operations, of 7 where it has a shortcut.
 
     channels: the stem's; ProxylessNAS has 32. Where a layer has no shortcut, the next batch norm cancels its strength,
     and its b gets almost no gradient: there the choice is random.
@@ -1702,7 +1704,7 @@ def per_image(values: Tensor) -> Tensor:
 
 
 def into_range(images: Tensor) -> Tensor:
-    """Clamp to [0, 1]. (By hardtanh, because torch.clamp has no gradient at exactly 0 and 1 since torch 2.14.)"""
+    """Clamp to [0, 1]. (By hardtanh: since torch 2.14 torch.clamp passes no gradient on at exactly 0 and 1.)"""
     out = F.hardtanh(images, -1e-6, 1 + 1e-6)
     with torch.no_grad():
         return out.clamp_(0, 1)
@@ -1717,7 +1719,7 @@ def pixel_centers(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sample_at(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Each pixel shows the input at (x, y), of a shape that expands to (B, H, W). Bilinear; outside is 0."""
+    """Each pixel shows the input at (x, y); both expand to (B, H, W). Bilinear; outside is 0."""
     B, _, H, W = images.shape
     grid = torch.stack([(x * 2 / W - 1).expand(B, H, W), (y * 2 / H - 1).expand(B, H, W)], -1)
     return into_range(F.grid_sample(images, grid, padding_mode="zeros", align_corners=False))
@@ -1765,7 +1767,7 @@ def blend(ground: Tensor, images: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def gray(images: Tensor) -> Tensor:
-    """Luma, ITU-R 601-2: (B, 1, H, W). Of images of one channel that channel."""
+    """Luma, ITU-R 601-2: (B, 1, H, W). An image of one channel is gray already."""
     if images.shape[1] == 1:
         return images
     red, green, blue = images.split(1, dim=1)
@@ -1798,7 +1800,7 @@ def sharpness(images: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def solarize(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Invert what is at least as bright as 1 - magnitude."""
+    """Invert what is at least as bright as 1 - magnitude; nothing where magnitude is 0."""
     m = per_image(magnitude)
     bright = (images >= 1 - m - 1e-5) & (m > 0)  # 1e-5: rounding, where a pixel is as bright as the threshold
     return torch.where(bright, 1 - images, images)
@@ -1817,7 +1819,7 @@ def auto_contrast(images: Tensor, magnitude: Tensor) -> Tensor:
     levels = (images * 255).round().long().clamp(0, 255).flatten(2)  # (B, 3, H W)
     low = levels.amin(2, keepdim=True).double()
     high = levels.amax(2, keepdim=True).double()
-    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # torch rounds 255.0 / x twice: 255.0 * (1 / x)
+    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # 255.0 / x is 255.0 * (1 / x) in torch: not PIL's
     every_level = torch.arange(256, device=images.device, dtype=torch.float64)
     stretched = (every_level * scale - low * scale).floor().clamp(0, 255)
     table = torch.where(high > low, stretched, every_level) / 255  # (B, 3, 256): the new value of each level
@@ -1864,9 +1866,9 @@ SIGNED = {
 def apply_each(images: Tensor, choice: Tensor, magnitude: Tensor) -> Tensor:
     """Each image through its own operation.
 
-    choice (B,): a number in AUGMENTATIONS; any other leaves the image alone. magnitude (B,) in [-1, 1]; only the
-    operations in SIGNED see its sign. Every operation gets the whole batch: to pick the images of one, a GPU would wait
-    for the host.
+    choice (B,): an index into AUGMENTATIONS; any other number leaves the image alone. magnitude (B,) in [-1, 1]; only
+    the operations in SIGNED see its sign. Every operation gets the whole batch: to find out which images chose it, a
+    GPU would wait for the host.
     """
     out = images
     for n, (name, operation) in enumerate(AUGMENTATIONS.items()):

@@ -2,10 +2,10 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.4", "torchvision>=0.19", "numpy>=1.26", "pillow>=9.4", "tqdm", "matplotlib>=3.7", "scipy"]
 # ///
-"""Joint search of augmentation policy and architecture: DARTS and Faster AutoAugment, searched together by gradients.
+"""Joint search of augmentation policy and architecture by gradients: DARTS and Faster AutoAugment in one search.
 
     python joint_darts_faa.py --preset quick                       # minutes on 2 CPU cores, nothing to download
-    python joint_darts_faa.py --dataset cifar10 --gpu 0            # the paper's size
+    python joint_darts_faa.py --dataset cifar10 --gpu 0            # the paper's settings
     python joint_darts_faa.py --policy none --dataset cifar10      # plain DARTS, the first row of the paper's table
     python joint_darts_faa.py --resume --out runs/joint_darts_faa-cifar10-seed0    # go on where it stopped
 
@@ -29,9 +29,9 @@ The training images are split in two, D_train and D_val. One iteration (Alg. 1):
     5. take a batch of D_train, treat it as in 1 to 3, and move w to lower the loss                Eq. (10)
 
 After the search the strongest candidates make a network. It is trained from scratch with the policy, which now draws
-its operations instead of weighting them. Images are always cropped and flipped before the policy. In the final training
-cutout follows it; crop, flip and cutout are those of the paper's baseline [P]. In the search there is no cutout [A:
-DARTS].
+its operations instead of weighting them. Images are always cropped and flipped before the policy, and in the final
+training cutout follows it: so the paper has it for its baseline [P], and we for the joint search, too [C]. In the
+search there is no cutout [A: DARTS].
 
 Marks: [P] the paper says so. [A] public code does: DARTS', https://github.com/quark0/darts, or that of Faster
 AutoAugment (FAA), https://github.com/moskomule/dda, branch fasteraa. [C] our choice, where neither says or we depart
@@ -65,22 +65,22 @@ from common import PRIMITIVES, FactorizedReduce, Genotype, InputError, Network
 TORCHRUN = dist.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
-QUIET = True if RANK > 0 else None  # tqdm's disable; None: no bar where there is no terminal
+QUIET = True if RANK > 0 else None  # for tqdm's `disable`; None: no bar where there is no terminal
 
 GRAD_CLIP = 5.0  # largest norm of the weights' gradient [A: DARTS]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The policy. Its 16 operations (AUGMENTATIONS, SIGNED) and their helpers (per_image, into_range) are at the end:
 # operation(images, magnitude) returns images; images (B, 3, H, W) lie in [0, 1], magnitude (B,) too, or in [-1, 1] for
-# operations in SIGNED. Where an operation has no derivative, a wrapper there gives it one (straight-through).
+# operations in SIGNED. Some have no derivative of use: a wrapper there gives them one (straight-through).
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def relaxed_bernoulli(p: Tensor) -> Tensor:
     """A differentiable coin for every entry of p, in [0, 1]: near 1 with probability p, else near 0.
 
-    The Gumbel trick for two outcomes (Maddison et al.; Jang et al.), at temperature 0.1 [A: FAA]. The clamp leaves no
-    gradient at p = 0 and p = 1.
+    The Gumbel trick for two outcomes (Maddison et al.; Jang et al.), with a temperature of its own, 0.1 [A: FAA]. The
+    clamp leaves no gradient at p = 0 and p = 1.
     """
     p = p.clamp(1e-6, 1 - 1e-6)
     u = torch.rand_like(p).clamp(1e-6, 1 - 1e-6)
@@ -118,14 +118,14 @@ class Policy(nn.Module):
         magnitudes = self.mu.index_select(0, which) * signs  # (B, K, 16)
 
         for k in range(K):
-            # (B,) of each operation. Unbound at once, which is cheaper to differentiate than one index after another
+            # Of each operation (B,) numbers. unbind is cheaper to differentiate than one index after another
             stage = zip(weights[:, k].unbind(1), masks[:, k].unbind(1), magnitudes[:, k].unbind(1))
             mixed = torch.zeros_like(images)
             for operation, (weight, mask, magnitude) in zip(AUGMENTATIONS.values(), stage):
                 changed = operation(images, magnitude)
                 maybe = torch.lerp(images, changed, per_image(mask))  # Eq. (1)
                 mixed = mixed + per_image(weight) * maybe  # Eq. (2)
-            images = into_range(mixed)  # the mean of images lies in [0, 1], but for rounding
+            images = into_range(mixed)  # a weighted mean of images lies in [0, 1], but for rounding
         return images
 
     @torch.no_grad()
@@ -181,10 +181,10 @@ NODES = 4  # of a cell; node j reads the states 0 .. j + 1, of which 0 and 1 are
 
 
 class MixedOp(nn.Module):
-    """The mixed operation of an edge, Eq. (5): x (B, C, H, W) to (B, C, H/stride, W/stride).
+    """The mixed operation of an edge, Eq. (5): x (B, C, H, W) to (B, C, H/stride, W/stride), rounded up.
 
-    The operations are those of common.operation. Their first layers are in `begin` (see Beginnings), because all edges
-    that read the same state share them. begin: None makes one for this edge.
+    The operations are those of common.operation, and a batch norm after each pool. Their first layers are in `begin`
+    (see Beginnings), because all edges that read the same state share them. begin: None makes one for this edge.
     """
 
     def __init__(self, channels: int, stride: int, begin: "Beginnings | None" = None):
@@ -197,7 +197,7 @@ class MixedOp(nn.Module):
     def forward(self, x: Tensor | dict[str, Tensor], alpha: Tensor) -> Tensor:
         """x: the state, or self.begin(state). alpha (8,): the edge's logits, in the order of PRIMITIVES."""
         if isinstance(x, Tensor):
-            x = self.begin(x)
+            x = self.begin(x)  # {operation: what its remaining layers take}
         weights = alpha.softmax(0)[1:]  # without "none", which adds 0
         weights = weights.to(x["skip_connect"].dtype)  # with --amp float32 weights would make all float32
 
@@ -211,8 +211,8 @@ class Beginnings(nn.Module):
     """The first layers of the operations on a state (B, C, H, W), by the operation's name. All its edges share them.
 
     That saves time. A convolution begins with a ReLU, a skip-connection with the state itself. A pool is here as a
-    whole, with the batch norm that DARTS' search puts after it: nothing in that learns (fix_batch_norms), so that one
-    serves all edges.
+    whole, with the batch norm that DARTS' search puts after it. One serves all edges, because nothing in it learns once
+    DartsSupernet has called fix_batch_norms.
     """
 
     def __init__(self, channels: int, stride: int):
@@ -277,13 +277,13 @@ class DartsSupernet(nn.Module):
     """The search network of DARTS: normalised images (B, 3, H, W) to logits (B, num_classes).
 
     alphas_normal, alphas_reduce: (14, 8), one row per edge, node by node, one column for each of PRIMITIVES, as in
-    quark0/darts. 16 channels and 8 layers have 1,930,618 weights. stem: "cifar" or "imagenet".
+    quark0/darts. 16 channels and 8 layers have 1,930,618 weights, without alpha. stem: "cifar" or "imagenet".
     """
 
     def __init__(self, channels: int, num_classes: int, layers: int, stem: str = "cifar"):
         super().__init__()
 
-        # Cells; reductions at 1/3 and 2/3 have half the height and width, and twice the channels
+        # The cells. Reduction cells, at 1/3 and 2/3, halve height and width and double the channels
         self.stem, self.stem1, c_in, halved = common.stems(stem, channels)
         self.reductions = (layers // 3, 2 * layers // 3)
         self.cells = nn.ModuleList()
@@ -296,7 +296,7 @@ class DartsSupernet(nn.Module):
             c_before = c_in
             c_in = NODES * channels
             halved = reduction
-        common.fix_batch_norms(self.cells)  # a scale that learns could undo an operation's weight [A: DARTS]
+        common.fix_batch_norms(self.cells)  # a learned scale could undo an operation's weight [A: DARTS]
         self.classifier = nn.Linear(c_in, num_classes)
 
         # All normal cells share one alpha, all reduction cells another
@@ -344,7 +344,7 @@ class DartsSupernet(nn.Module):
 class JointSearch:
     """Everything that the search learns, and its optimizers.
 
-    given: a fixed architecture, for which there is no alpha; None searches one. There are z, p and mu where --policy is
+    given: a fixed architecture, for which there is no alpha; None: it is searched. z, p and mu exist where --policy is
     "search".
     """
 
@@ -363,7 +363,7 @@ class JointSearch:
         self.net.to(device, memory_format=common.layout(device))
         self.w = [weight for name, weight in self.net.named_parameters() if not name.startswith("alphas")]
         self.policy = Policy(args.sub_policies, args.stages).to(device) if args.policy == "search" else None
-        self.upper = list(self.alphas)  # what the upper level, Eq. (9), moves
+        self.upper = list(self.alphas)  # what Eq. (9), the upper of the two levels, moves
         if self.policy:
             self.upper += self.policy.parameters()
 
@@ -403,7 +403,7 @@ class JointSearch:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
             logits = self.net(common.normalize(x, self.mean, self.std)).float()
         accuracy = 100 * (logits.argmax(1) == labels).float().mean()
-        return F.cross_entropy(logits, labels), accuracy  # lines 5 and 12
+        return F.cross_entropy(logits, labels), accuracy  # Alg. 1, lines 5 and 12
 
 
 @torch.no_grad()
@@ -429,7 +429,7 @@ def only_differentiate(params: list[Tensor], frozen: list[Tensor]) -> None:
 
 
 def search_step(s: JointSearch, val: tuple[Tensor, Tensor], train: tuple[Tensor, Tensor], amp: bool = False) -> Tensor:
-    """One iteration of Alg. 1.
+    """One iteration of Alg. 1, whose line numbers are in the comments.
 
     val, train: a batch of D_val and one of D_train (lines 3 and 10), (images, labels), the images uint8 (B, 3, H, W).
     Returns (4,): loss and accuracy in % on the batch of D_val, then on that of D_train.
@@ -569,7 +569,7 @@ def search(
         s.w_optimizer.param_groups[0]["lr"] = lr
         s.net.train()
 
-        # D_val is gone through once an epoch, in its own order [C]
+        # Each half is gone through once an epoch, in an order of its own [C]
         seed = seed_epoch(args.seed, epoch)
         val_order = common.batch_indices(len(D_val), args.search_batch_size, 2 * seed, RANK, WORLD).to(device)
         train_order = common.batch_indices(len(D_train), args.search_batch_size, 2 * seed + 1, RANK, WORLD).to(device)
@@ -588,7 +588,7 @@ def search(
         val_loss, val_accuracy, loss, accuracy = finite_means(totals / steps, [*s.w, *s.upper], epoch + 1, flags)
 
         # The epoch's record, with the architecture that would be derived now. Loss and accuracy on D_val are those of
-        # augmented images, in training mode, before alpha's step
+        # augmented images, in training mode, before the step of alpha and the policy
         found = s.found()
         skips = [name for name, _ in found.normal].count("skip_connect")
         record = {
@@ -669,7 +669,7 @@ def train(
         batches = common.loader(data.train_images, data.train_labels, order, train=True)
         totals = torch.zeros(2, device=device)
         for images, labels in tqdm(batches, f"train {epoch + 1}", len(order), leave=False, disable=QUIET):
-            # The images are cropped and flipped already. Now the policy, then cutout
+            # The loader has cropped and flipped the images. Now the policy, then cutout
             x = images / 255
             if policy:
                 x = augment(x, policy)
@@ -758,13 +758,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
     add = parser.add_argument_group("training (--lr and --weight-decay also hold in the search)").add_argument
     add("--train-epochs", "--epochs", type=at_least(0), default=600, help="epochs of training [P]")
-    add("--batch-size", type=at_least(2), default=96, help="images per step; batch norm: per process [A: DARTS]")
+    add("--batch-size", type=at_least(2), default=96, help="images per step, of all processes together [A: DARTS]")
     add("--channels", type=at_least(2), default=36, help="channels of the first cells, even [A: DARTS]")
     add("--layers", type=at_least(3), default=20, help="cells; reductions at 1/3 and 2/3 [A: DARTS]")
     add("--lr", type=at_least(0.0), default=0.025, help="learning rate at the start [A: DARTS]")
     add("--weight-decay", type=at_least(0.0), default=3e-4, help="weight decay [A: DARTS]")
     add("--auxiliary-weight", type=at_least(0.0), default=0.4, help="weight of the auxiliary head's loss [A: DARTS]")
-    add("--drop-path", type=at_least(0.0, 1.0), default=0.2, help="probability at the end of training [A: DARTS]")
+    add("--drop-path", type=at_least(0.0, 1.0), default=0.2, help="probability towards which it rises [A: DARTS]")
     add("--cutout", type=at_least(0), default=16, help="side of the square, in pixels [A: DARTS]")
 
     # The preset replaces defaults, which --help then shows; flags that are given win
@@ -778,8 +778,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if args.channels % 2 or args.search_channels % 2:
         parser.error("--channels and --search-channels must be even: a factorized reduction splits them in two")
     searches = not args.genotype or args.policy == "search"
-    if not (args.train_epochs or args.search_only) or (args.search_only and not searches):
-        parser.error("nothing to do: --train-epochs 0 needs --search-only, and something to search")
+    if args.search_only and not searches:
+        parser.error("nothing to do: --search-only, and both architecture and policy are given")
+    if not (args.train_epochs or args.search_only):
+        parser.error("nothing to do: --train-epochs 0 needs --search-only")
     if args.policy != "search":
         note_unused(argv, ["--policy-lr", "--sub-policies", "--stages"], f"--policy {args.policy}")
     if args.genotype:
@@ -795,11 +797,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def add_run_flags(parser: argparse.ArgumentParser, presets: list[str]) -> None:
     """The flags that say what to run, and on what."""
-    add = parser.add_argument_group("what to run, on what (nothing of the method: no marks)").add_argument
-    add("--preset", choices=presets, default="paper", help="other values of the flags that are not given")
+    add = parser.add_argument_group("what to run, on what (not the method: no marks)").add_argument
+    add("--preset", choices=presets, default="paper", help="changes the defaults of other flags")
     add("--dataset", choices=common.DATASETS, default="cifar10", help="data set")
     add("--data-dir", type=os.path.expanduser, default="data", help="where data sets are, or are downloaded to")
-    add("--image-size", type=at_least(8), help="scale to this side; None: 224 for photographs, else as they are")
+    add("--image-size", type=at_least(8), help="scale to this side; None: photographs to 224, others not at all")
     add("--limit-train", type=at_least(2), help="use only so many training images; None: all")
     add("--limit-test", type=at_least(1), help="use only so many test images; None: all")
     add("--workers", type=at_least(0), default=4, help="processes that read photographs")
@@ -832,7 +834,7 @@ def at_least(low: float, below: float = math.inf):
 
 
 def note_unused(argv: list[str], flags: list[str], chosen: str) -> None:
-    """Say which of these flags the command line gives in vain, because of the chosen one."""
+    """Say which of these flags do nothing, because of the chosen one."""
     given = [word.split("=")[0] for word in argv]
     for flag in flags:
         if flag in given:
@@ -846,7 +848,7 @@ def default_out(name: str, args: argparse.Namespace) -> str:
 
 
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "genotype.json", "policy.json", "model.pt", "result.json")
-PLACES = ("out", "resume", "gpu", "amp", "compile", "workers", "data_dir")  # flags that --resume may change
+FREE_ON_RESUME = ("out", "resume", "gpu", "amp", "compile", "workers", "data_dir")  # flags that --resume may change
 
 
 def resume_flags(
@@ -854,7 +856,7 @@ def resume_flags(
 ) -> argparse.Namespace:
     """The flags of the run in --out, if --resume goes on with one; else args, which begin a new run.
 
-    script: the path of the one that runs. Ends the program where --out holds another run, or a flag contradicts the
+    script: its path. Ends the program where --out holds another run, or a flag contradicts the
     run's own.
     """
     name = Path(script).stem
@@ -880,9 +882,9 @@ def resume_flags(
 
     # argparse keeps what the namespace has, where argv does not say otherwise
     args, _ = parser.parse_known_args(argv, argparse.Namespace(**{**saved, "out": args.out}))
-    finished = (folder / "result.json").exists()  # then its result is shown, which is not that of other data
+    finished = (folder / "result.json").exists()  # then its result is shown: not for other data
     for flag, value in saved.items():
-        free = flag in PLACES and not (finished and flag == "data_dir")
+        free = flag in FREE_ON_RESUME and not (finished and flag == "data_dir")
         if not free and getattr(args, flag) != value:
             name = "--" + flag.replace("_", "-")
             parser.error(f"{folder} was started with {name} {value}: leave out the flags that differ")
@@ -925,7 +927,7 @@ def announce(what: str, device: torch.device, net: nn.Module, steps: int) -> Non
 
 
 def say_end(what: str, seconds: float, epochs: int) -> None:
-    """Say when `what` ends, if it has so many more epochs, of so many seconds each."""
+    """Say when `what` ends: it has `epochs` more, each of which takes `seconds`."""
     left = timedelta(seconds=round(seconds * epochs))
     print(f"{what} takes about {left} more, until {datetime.now() + left:%d %b %H:%M}")
 
@@ -985,7 +987,7 @@ def finite_means(means: Tensor, learned: list[Tensor], epoch: int, flags: str) -
 def locked(folder: Path) -> Iterator[None]:
     """Make the folder, and lock it against other processes.
 
-    The lock ends with the block, or with this process and those that it started, also if it is killed.
+    The lock ends with the block. If this process is killed, it ends with it and the processes that it started.
     """
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1007,7 +1009,7 @@ def locked(folder: Path) -> Iterator[None]:
 def open_run(
     args: argparse.Namespace, data: common.Data, device: torch.device, *scripts: str
 ) -> tuple[list[dict], dict]:
-    """Begin the run in --out, or go on with it: its history, and all of its checkpoint.pt; both empty at the start.
+    """Begin the run in --out, or go on with it. Returns its history and its whole checkpoint.pt, empty at the start.
 
     scripts: the file that runs, and those it needs; copies of them, as they are at the start, are kept. Raises
     InputError where the run was started on other data, or its checkpoint is damaged.
@@ -1097,7 +1099,7 @@ def save_joint(
     }
     plain = Network(genotype, **size).to(device)  # no auxiliary head
 
-    # A name for the run. "DARTS + Faster AA" is Table 1's "Ours"
+    # A name for the run. "DARTS + Faster AA" is the joint search, Table 1's "Ours"
     method = "given genotype" if args.genotype else "DARTS"
     if args.policy == "search":
         method += " + Faster AA"
@@ -1115,7 +1117,7 @@ def save_joint(
 
     # The trained network, with all that its user needs
     if net is not None:
-        plain.load_state_dict(net.state_dict(), strict=False)
+        plain.load_state_dict(net.state_dict(), strict=False)  # without the auxiliary head
         mean, std = common.mean_std(data.train_images)
         result = {"test_accuracy": history[-1]["test_accuracy"], **result}
         model = {
@@ -1133,7 +1135,7 @@ def save_joint(
     images, _ = next(common.loader(data.test_images, data.test_labels, first, train=False))
     try:
         draw_joint(out, history, genotype, images.cpu() / 255)
-    except Exception as error:  # no fault of a figure loses the result
+    except Exception as error:  # a fault in a figure must not lose the result
         print(f"warning: a figure could not be drawn: {type(error).__name__}: {error}")
     save(out / "result.json", result)
     print(json.dumps(result, indent=1))
@@ -1184,7 +1186,7 @@ if __name__ == "__main__":
 try:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
-except (ImportError, ValueError):
+except (ImportError, ValueError):  # ValueError: MPLBACKEND names no backend
     Figure = None  # no figures
 
 
@@ -1226,8 +1228,8 @@ def draw_joint(out: Path, history: list[dict], genotype: Genotype, images: Tenso
 
 
 def draw_curves(path: Path, history: list[dict], panels: dict[str, list[str]]) -> None:
-    """A panel for each title, with the named numbers of the records over the epochs; dashed: the search ends."""
-    # Without the numbers that no record has: a run may be a search alone, or a training
+    """A panel for each title, with the named numbers of the records over the epochs; dashed where the search ends."""
+    # Leave out numbers that no record has: a run may be a search alone, or a training alone
     recorded = {name for record in history for name in record}
     panels = {title: [name for name in names if name in recorded] for title, names in panels.items()}
     panels = {title: names for title, names in panels.items() if names}
@@ -1295,7 +1297,7 @@ def per_image(values: Tensor) -> Tensor:
 
 
 def into_range(images: Tensor) -> Tensor:
-    """Clamp to [0, 1]. (By hardtanh, because torch.clamp has no gradient at exactly 0 and 1 since torch 2.14.)"""
+    """Clamp to [0, 1]. (By hardtanh: since torch 2.14 torch.clamp passes no gradient on at exactly 0 and 1.)"""
     out = F.hardtanh(images, -1e-6, 1 + 1e-6)
     with torch.no_grad():
         return out.clamp_(0, 1)
@@ -1310,7 +1312,7 @@ def pixel_centers(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sample_at(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Each pixel shows the input at (x, y), of a shape that expands to (B, H, W). Bilinear; outside is 0."""
+    """Each pixel shows the input at (x, y); both expand to (B, H, W). Bilinear; outside is 0."""
     B, _, H, W = images.shape
     grid = torch.stack([(x * 2 / W - 1).expand(B, H, W), (y * 2 / H - 1).expand(B, H, W)], -1)
     return into_range(F.grid_sample(images, grid, padding_mode="zeros", align_corners=False))
@@ -1358,7 +1360,7 @@ def blend(ground: Tensor, images: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def gray(images: Tensor) -> Tensor:
-    """Luma, ITU-R 601-2: (B, 1, H, W). Of images of one channel that channel."""
+    """Luma, ITU-R 601-2: (B, 1, H, W). An image of one channel is gray already."""
     if images.shape[1] == 1:
         return images
     red, green, blue = images.split(1, dim=1)
@@ -1399,7 +1401,7 @@ def invert(images: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def solarize(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Invert what is at least as bright as 1 - magnitude."""
+    """Invert what is at least as bright as 1 - magnitude; nothing where magnitude is 0."""
     m = per_image(magnitude)
     bright = (images >= 1 - m - 1e-5) & (m > 0)  # 1e-5: rounding, where a pixel is as bright as the threshold
     return torch.where(bright, 1 - images, images)
@@ -1418,7 +1420,7 @@ def auto_contrast(images: Tensor, magnitude: Tensor) -> Tensor:
     levels = (images * 255).round().long().clamp(0, 255).flatten(2)  # (B, 3, H W)
     low = levels.amin(2, keepdim=True).double()
     high = levels.amax(2, keepdim=True).double()
-    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # torch rounds 255.0 / x twice: 255.0 * (1 / x)
+    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)  # 255.0 / x is 255.0 * (1 / x) in torch: not PIL's
     every_level = torch.arange(256, device=images.device, dtype=torch.float64)
     stretched = (every_level * scale - low * scale).floor().clamp(0, 255)
     table = torch.where(high > low, stretched, every_level) / 255  # (B, 3, 256): the new value of each level
@@ -1438,11 +1440,11 @@ def equalize(images: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def sample_pairing(images: Tensor, magnitude: Tensor) -> Tensor:
-    """Mix in up to 0.4 of the next image of the batch [C]; batches are in random order."""
+    """Mix in up to 0.4 of the next image of the batch [C], whose order is random."""
     return torch.lerp(images, images.roll(-1, 0), 0.4 * per_image(magnitude))
 
 
-# Gradients where there are none: straight-through estimators, Faster AutoAugment's [A: FAA] unless marked
+# Gradients for operations that have none of use: straight through, as Faster AutoAugment [A: FAA] unless marked
 
 
 def identity_gradient(operation):
@@ -1457,8 +1459,8 @@ def identity_gradient(operation):
 def falling_gradient(operation):
     """The operation, with the derivative -1 of every pixel in the magnitude.
 
-    FAA's code has +1 in Solarize's threshold, which is 1 - our magnitude: so -1 [A: FAA]. It has +1 in Posterize's bits
-    / 8, too, which are 1 - magnitude / 2: that would be -1/2; we take -1 [C].
+    FAA's code has +1 in Solarize's threshold, which is 1 - our magnitude: so -1 [A: FAA]. It also has +1 in an eighth
+    of the bits that Posterize keeps, which is 1 - magnitude / 2: that would be -1/2; we take -1 [C].
     """
 
     def with_gradient(images: Tensor, magnitude: Tensor) -> Tensor:
@@ -1494,9 +1496,9 @@ SIGNED = {
 def apply_each(images: Tensor, choice: Tensor, magnitude: Tensor) -> Tensor:
     """Each image through its own operation.
 
-    choice (B,): a number in AUGMENTATIONS; any other leaves the image alone. magnitude (B,) in [-1, 1]; only the
-    operations in SIGNED see its sign. Every operation gets the whole batch: to pick the images of one, a GPU would wait
-    for the host.
+    choice (B,): an index into AUGMENTATIONS; any other number leaves the image alone. magnitude (B,) in [-1, 1]; only
+    the operations in SIGNED see its sign. Every operation gets the whole batch: to find out which images chose it, a
+    GPU would wait for the host.
     """
     out = images
     for n, (name, operation) in enumerate(AUGMENTATIONS.items()):

@@ -64,6 +64,7 @@ TABLES = {  # table: row: command. SEED and OUT are filled in
         "DHA, scale-free, tau's step x 2": f"dha.py {SEARCHED} {FREE} 0.04",
         "DHA, scale-free, tau's step x 4": f"dha.py {SEARCHED} {FREE} 0.08",
         "DHA without HPO": f"dha.py {SEARCHED} --no-hpo",
+        "DHA without HPO, scale-free": f"dha.py {SEARCHED} {FREE} 0.02 --no-hpo",
         "DHA": f"dha.py {SEARCHED} {BETA}",
         "DHA without DA": f"dha.py {SEARCHED} {BETA} --no-da",
         "DHA without NAS": f"dha.py {GIVEN} {BETA}",
