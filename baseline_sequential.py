@@ -9,17 +9,19 @@
     python baseline_sequential.py --resume --out runs/baseline_sequential-dha-cifar10-seed0
     python baseline_sequential.py --compare runs/*                               # a table of runs of any script
 
-Each line of faa_then_darts, darts and nas_then_train runs one script, in a folder of its own in --out, and passes on
-what it found. So both sides of a comparison share their code. The scripts get all flags but --method, --compare and
-those of Faster AutoAugment; see their --help.
+A baseline is one of three short functions: faa_then_darts (--method faa-darts), darts, nas_then_train (--method dha).
+Each line of it is a stage: an ordinary run of a script, in a folder of its own in --out, whose file the next line takes
+(policy.json, or genotype.json: the cells that a search found). So both sides of a comparison share their code. The
+scripts get all flags but --method, --compare and those of Faster AutoAugment; see their --help.
 
 faa-darts and darts are "Baseline" and "DARTS" of Kashima et al. (https://arxiv.org/abs/2012.09407), dha is the
 "Sequential DHA" of Zhou et al. (https://arxiv.org/abs/2109.05765). The rest of this file is what no other script has,
 Faster AutoAugment with its critic, and --compare.
 
-Faster AutoAugment is Hataya et al., ECCV 2020, https://arxiv.org/abs/1911.06987. A WideResNet-40-2 with two heads, a
-critic and a classifier, judges the policy, which is that of joint_darts_faa.py: z, p, mu and Eqs. (1) to (3) of
-Kashima et al. One iteration, on the two halves of a batch, all images cropped and flipped:
+Faster AutoAugment is Hataya et al., ECCV 2020, https://arxiv.org/abs/1911.06987. The policy is that of
+joint_darts_faa.py, Eqs. (1) to (3) of Kashima et al.: z says which operations are selected, p how often a selected one
+is applied, mu how strongly. A WideResNet-40-2 judges it. It has two heads: a critic, which tells real images from
+augmented ones, and a classifier. One iteration, on the two halves of a batch, all images cropped and flipped:
 
     1. augment the second half: each stage of the policy is the weighted sum of 16 operations    Eqs. (1) to (3)
     2. move the network: its critic to score real images (the first half) high and augmented
@@ -79,7 +81,7 @@ def darts(stage: "Stages") -> None:
 
 
 def nas_then_train(stage: "Stages") -> None:
-    """Cells alone; then their training from scratch, which learns policy, lr and wd."""
+    """Cells, searched without policy (DA) and without learning lr and wd (HPO); then a training that learns these."""
     genotype = stage("search", DHA, "--no-da", "--no-hpo", "--train-epochs", "0") / "genotype.json"
     stage("train", DHA, genotype=genotype)
 
@@ -385,10 +387,10 @@ DHA = Script((dha.__file__, common.__file__), dha.parse_args, dha.check_dha, dha
 
 
 class Stages:
-    """Runs the stages of a baseline, which is called twice: in the first pass each stage's flags and data are checked.
+    """Runs the stages of a baseline. The baseline is called twice: first to check its stages, then to run them.
 
-    In the second pass it runs. So a wrong flag of the last stage is found before the first one begins. argv: the
-    baseline's command line. data: those of all stages.
+    So a wrong flag of the last stage is found before the first one begins. argv: the baseline's command line. data:
+    those of all stages.
     """
 
     def __init__(self, argv: list[str], args: argparse.Namespace, device: torch.device, data: common.Data):
@@ -401,6 +403,7 @@ class Stages:
     def __call__(self, folder: str, script: Script, *own_flags: str, **files: Path) -> Path:
         out = Path(self.args.out) / folder
         if folder not in self.checked:
+            # The first call: nothing runs, and no file is there yet
             self.checked[folder] = (script, self.check(out, script, own_flags, files))
             return out
 
@@ -422,6 +425,7 @@ class Stages:
         if not begun and (out.parent / "config.json").exists():
             raise InputError(f"{out} is missing: begin the baseline anew in another --out")
 
+        # --policy-lr, --sub-policies and --stages are for Faster AutoAugment, though the joint script has them, too
         argv = self.argv if script is FASTER_AA else without_own_flags(self.argv)
         argv = [*argv, *own_flags, "--out", str(out)]
         if not begun:  # else its config.json has these flags; and --out may have been moved since
@@ -498,7 +502,7 @@ def compare(folders: list[str]) -> str:
             names = ("test_accuracy", "params", "search_seconds", "gpu_hours", "seed")
             numbers = [float(result[name]) for name in names]
 
-            # A baseline's settings are those of its training, without what was handed to it, and Faster AutoAugment's
+            # A baseline's settings are Faster AutoAugment's and its training's, but for the files that this was handed
             training = folder / "train" / "config.json"
             if training.exists():
                 own = settings if settings["method"] == "faa-darts" else {}

@@ -1023,7 +1023,8 @@ def auxiliary_head(c_in: int, num_classes: int, stem: str = "cifar") -> nn.Seque
 def check_auxiliary(image_size: int) -> None:
     """Raises InputError where images of this side are too small for a network with an auxiliary head."""
     if image_size < 29 or SMALL <= image_size < 193:  # from 64 on with the ImageNet stem
-        raise InputError(f"{image_size} pixels are too few for the auxiliary head: give --auxiliary-weight 0")
+        advice = "give --auxiliary-weight 0, or another --image-size"
+        raise InputError(f"{image_size} pixels are too few for the auxiliary head: {advice}")
 
 
 def drop_path(x: Tensor, p: float | Tensor, training: bool) -> Tensor:

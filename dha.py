@@ -1218,7 +1218,7 @@ def resume_flags(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Around a run: processes, device, evaluation
+# Around a run: processes, device, evaluation. (What both methods' scripts have is the same, word for word.)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -1694,7 +1694,7 @@ def draw_layers(path: Path, net: MobileSupernet) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Augmentations: images (B, 3, H, W) float in [0, 1], magnitude (B,) in [0, 1], in [-1, 1] for those in SIGNED.
 # Where an operation has a magnitude, 0 is the identity. Ranges are AutoAugment's [C]. The input is never changed;
-# the result lies in [0, 1].
+# the result lies in [0, 1]. A new one needs a name in AUGMENTATIONS, and perhaps in SIGNED.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
