@@ -23,8 +23,6 @@ import common  # noqa: E402
 import dha  # noqa: E402
 import joint_darts_faa  # noqa: E402
 
-torch.set_num_threads(2)
-
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 # 2.4 was tried, and asks for a driver
@@ -42,22 +40,25 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
-def in_its_own_folder(tmp_path, monkeypatch):
-    """No test reads what lies where pytest was started, or writes there."""
+def alike(tmp_path, monkeypatch):
+    """Every test has one seed, one thread and a folder of its own. (For tiny networks two threads beside other programs
+    take 40 times as long.)"""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
-def one_thread():
-    """For tiny networks: two threads beside other programs take 40 times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def float64(monkeypatch):
+    """Is what torch computes with, also where a script asks for float()."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
     yield
-    torch.set_num_threads(threads)
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture
-def exact(monkeypatch):
+def exact(monkeypatch, float64):
     """Everything in float64, and whatever torch draws comes from the CPU's generator: so only rounding can be different
     on a GPU. (In float32 that is enough to turn Adam's first steps around.) Gives assert_close's tolerances."""
     rand, randint, multinomial = torch.rand, torch.randint, torch.multinomial
@@ -65,10 +66,7 @@ def exact(monkeypatch):
     monkeypatch.setattr(torch, "rand_like", lambda x: rand(x.shape).to(x))
     monkeypatch.setattr(torch, "randint", lambda *which, device=None, **more: randint(*which, **more).to(device))
     monkeypatch.setattr(torch, "multinomial", lambda p, *how, **more: multinomial(p.cpu(), *how, **more).to(p.device))
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    torch.set_default_dtype(torch.float64)
-    yield {"rtol": 1e-6, "atol": 1e-9}
-    torch.set_default_dtype(torch.float32)
+    return {"rtol": 1e-6, "atol": 1e-9}
 
 
 # -------- Short runs ------------------------------------------------------------------------------------------------
@@ -135,7 +133,7 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(params=list(CASES))
-def script(request, data, one_thread) -> Script:
+def script(request, data) -> Script:
     module, flags, folders, phases = CASES[request.param]
     short = [*flags.split(), "--data-dir", str(data)]
     return Script(request.param, module, short, folders.split(), phases.split())
@@ -225,24 +223,15 @@ def assert_same(a: Path, b: Path) -> None:
         assert name == other and torch.equal(first, second), name
 
 
-def after_every_epoch(monkeypatch, act) -> None:
-    """act(directory) once the checkpoint of an epoch is saved."""
-    for module in (joint_darts_faa, dha):
-
-        def save_and_act(out, records, real=module.save_epoch, **learned):
-            real(out, records, **learned)
-            act(out)
-
-        monkeypatch.setattr(module, "save_epoch", save_and_act)
-
-
-def interrupt(out) -> None:
-    raise KeyboardInterrupt
-
-
 def stop_after_an_epoch(monkeypatch, script: Script, *flags) -> pytest.ExceptionInfo:
     """Run until the next epoch's end, and press Ctrl-C there. Returns the exception: its traceback keeps all alive."""
+
+    def save_and_stop(out, records, real=dha.save_epoch, **learned):
+        real(out, records, **learned)
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="stopped: the same command") as stopped:
-        after_every_epoch(patch, interrupt)
+        for module in (joint_darts_faa, dha):
+            patch.setattr(module, "save_epoch", save_and_stop)
         script.module.main([*script.short, *map(str, flags)])
     return stopped

@@ -19,7 +19,6 @@ import copy
 import hashlib
 import importlib
 import json
-import subprocess
 import sys
 import types
 import warnings
@@ -273,7 +272,7 @@ def compare_sparse(their_class: type, prepare) -> Iterator[Line]:
 class TheirUpdates:
     """Our network, weights, tau and data, moved by DHA's code as its trainer, searchmanager_darts.py, calls it.
 
-    hpo_da: their module. settings: their configuration, with d_lr and h_lr as step sizes of tau and of lr and wd.
+    hpo_da: their module. settings: their configuration. tau_lr, beta: step sizes of tau, and of lr and wd.
 
     Two accidents of SGD_STEP concern the gradient of wd alone, and are kept out:
     - The first step makes v a constant, and wd has no gradient. Here v exists and is 0: the same step, with a gradient.
@@ -281,7 +280,7 @@ class TheirUpdates:
       the writing, and the gradient of wd becomes -lr g theta+, not -lr g theta. Here autograd saves copies.
     """
 
-    def __init__(self, hpo_da: types.ModuleType, settings: dict, ours: dha.Learned):
+    def __init__(self, hpo_da: types.ModuleType, settings: dict, tau_lr: float, beta: float, ours: dha.Learned):
         self.mean = ours.mean
         self.std = ours.std
         self.net = copy.deepcopy(ours.net)
@@ -297,8 +296,8 @@ class TheirUpdates:
         self.wd = self.hpo.weight_decay.module
         self.tau = self.da.policy_alpha.module
         self.tau.data.copy_(ours.tau)
-        self.eta_optimizer = their_sgd([self.lr, self.wd], settings["hpo"], "h")
-        self.tau_optimizer = their_sgd([self.tau], settings["da"], "d")
+        self.eta_optimizer = their_sgd([self.lr, self.wd], beta, settings["hpo"], "h")
+        self.tau_optimizer = their_sgd([self.tau], tau_lr, settings["da"], "d")
         for weight in self.weights:
             self.hpo.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
 
@@ -332,35 +331,27 @@ class TheirUpdates:
         self.hpo.zero_grad(self.weights)
         losses.mean().backward()
         nn.utils.clip_grad_norm_(self.weights, self.clip)
-        with autograd_saves_copies(), warnings.catch_warnings():
+        saves_copies = torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved)
+        with saves_copies, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its add_(number, tensor) is deprecated
             self.hpo.SGD_STEP(self.named_weights, self.momentum)
         return losses.mean()
 
 
-def autograd_saves_copies() -> contextlib.AbstractContextManager:
-    return torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved)
-
-
-def their_sgd(tensors: list[Tensor], settings: dict, prefix: str) -> torch.optim.SGD:
-    """SGD as their trainer makes it, with <prefix>_lr and so on."""
+def their_sgd(tensors: list[Tensor], lr: float, settings: dict, prefix: str) -> torch.optim.SGD:
+    """SGD as their trainer makes it, with <prefix>_momentum and so on."""
     return torch.optim.SGD(
         tensors,
-        settings[f"{prefix}_lr"],
+        lr,
         momentum=settings[f"{prefix}_momentum"],
         nesterov=settings[f"{prefix}_nesterov"],
         weight_decay=settings[f"{prefix}_weight_decay"],
     )
 
 
-def with_step_sizes(settings: dict, tau_lr: float, beta: float) -> dict:
-    """Their configuration, with these step sizes of tau, and of lr and wd."""
-    da = {**settings["da"], "d_lr": tau_lr}
-    hpo = {**settings["hpo"], "h_lr": beta}
-    return {**settings, "da": da, "hpo": hpo}
-
-
-def compare_updates(hpo_da: types.ModuleType, settings: dict, searching: bool, *flags: str) -> Iterator[Line]:
+def compare_updates(
+    hpo_da: types.ModuleType, settings: dict, tau_lr: float, beta: float, searching: bool, *flags: str
+) -> Iterator[Line]:
     """Steps of dha.train_step. flags: of ours, whose step sizes and ranges are the default ones otherwise.
 
     While searching, b stands still: their file does not contain its update.
@@ -376,7 +367,7 @@ def compare_updates(hpo_da: types.ModuleType, settings: dict, searching: bool, *
     support = None if searching else dha.to_support(common.GENOTYPES["DARTS_V2"])
     ours = dha.Learned(args, data, torch.device("cpu"), support)
     nn.init.normal_(ours.tau)
-    theirs = TheirUpdates(hpo_da, settings, ours)
+    theirs = TheirUpdates(hpo_da, settings, tau_lr, beta, ours)
 
     # One seed per step: from the same tau both sides draw the same pairs and magnitudes
     our_numbers = []
@@ -407,34 +398,20 @@ def spread(numbers: Tensor) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def darts_folder(path: str) -> Path:
-    for folder in (Path(path), Path(path, "cnn")):
-        if (folder / "model_search.py").exists() and (folder / "operations.py").exists():
-            return folder.resolve()
-    raise argparse.ArgumentTypeError(f"{path} is neither a checkout of quark0/darts nor its folder cnn")
+def checkout(*files: str):
+    """A `type` for argparse: a folder that holds these files somewhere."""
 
+    def folder(path: str) -> Path:
+        for file in files:
+            if not list(Path(path).rglob(file)):
+                raise argparse.ArgumentTypeError(f"{path} is no such checkout: it has no {file}")
+        return Path(path).resolve()
 
-def ista_folder(path: str) -> Path:
-    if not Path(path, "ista_nas_single", "trainer.py").exists():
-        raise argparse.ArgumentTypeError(f"{path} is no checkout of iboing/ISTA-NAS: it has no ista_nas_single")
-    return Path(path).resolve()
-
-
-def dha_folder(path: str) -> Path:
-    if not Path(path, "model", "hpo_da.py").exists() or not list(Path(path).rglob(CONFIGURATION)):
-        raise argparse.ArgumentTypeError(f"{path} is no checkout of gitkaichenzhou/DHA with its {CONFIGURATION}")
-    return Path(path).resolve()
+    return folder
 
 
 def version(folder: Path) -> str:
-    """The commit of a checkout; without git, a hash of the Python files."""
-    root = folder.parent if folder.name == "cnn" else folder
-    if (root / ".git").exists():
-        with contextlib.suppress(OSError):
-            git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
-            if git.returncode == 0:
-                return f"commit {git.stdout.strip()}"
-
+    """A hash of the Python files."""
     content = b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py")))
     return f"SHA-256 of the .py files {hashlib.sha256(content).hexdigest()[:12]}"
 
@@ -448,9 +425,9 @@ def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--darts", type=darts_folder, metavar="PATH", help="checkout of quark0/darts, or its cnn")
-    parser.add_argument("--ista", type=ista_folder, metavar="PATH", help="checkout of iboing/ISTA-NAS")
-    parser.add_argument("--dha", type=dha_folder, metavar="PATH", help="checkout of gitkaichenzhou/DHA")
+    parser.add_argument("--darts", type=checkout("operations.py"), metavar="PATH", help="checkout of quark0/darts")
+    parser.add_argument("--ista", type=checkout("ista_nas_single"), metavar="PATH", help="checkout of iboing/ISTA-NAS")
+    parser.add_argument("--dha", type=checkout("hpo_da.py", CONFIGURATION), metavar="PATH", help="gitkaichenzhou/DHA")
     args = parser.parse_args()
     if not (args.darts or args.ista or args.dha):
         parser.error("give --darts, --ista or --dha, or several")
@@ -458,8 +435,9 @@ def main() -> None:
     print("torch", torch.__version__)
     tables = {}
     if args.darts:
-        print("quark0/darts", version(args.darts))
-        search, model, genotypes = import_from(args.darts, "model_search", "model", "genotypes")
+        cnn = next(args.darts.rglob("operations.py")).parent
+        print("quark0/darts", version(cnn))
+        search, model, genotypes = import_from(cnn, "model_search", "model", "genotypes")
         v2 = genotypes.DARTS_V2
         tables["search network"] = compare_search(search.Network)
         tables["CIFAR network"] = compare_training(model.NetworkCIFAR, "cifar", 32, (36, 10, 20), v2)
@@ -474,11 +452,12 @@ def main() -> None:
         print("    without its two accidents in the gradient of wd: see TheirUpdates in this file")
         (hpo_da,) = import_from(args.dha, "model.hpo_da")
         settings = json.loads(next(args.dha.rglob(CONFIGURATION)).read_text())
-        afterwards = with_step_sizes(settings, settings["da"]["d_lr_tune"], settings["hpo"]["h_lr_tune"])
-        larger = with_step_sizes(settings, 5.0, 1e-3)
-        tables["DHA, search"] = compare_updates(hpo_da, settings, True)
-        tables["DHA, afterwards"] = compare_updates(hpo_da, afterwards, False)
-        tables["DHA, larger steps"] = compare_updates(hpo_da, larger, False, "--tau-lr", "5", "--beta", "1e-3")
+        da, hpo = settings["da"], settings["hpo"]
+        afterwards = da["d_lr_tune"], hpo["h_lr_tune"]
+        larger = "--tau-lr", "5", "--beta", "1e-3"
+        tables["DHA, search"] = compare_updates(hpo_da, settings, da["d_lr"], hpo["h_lr"], True)
+        tables["DHA, afterwards"] = compare_updates(hpo_da, settings, *afterwards, False)
+        tables["DHA, larger steps"] = compare_updates(hpo_da, settings, 5.0, 1e-3, False, *larger)
 
     differs = False
     with float64_on_cpu():

@@ -21,11 +21,6 @@ from conftest import call
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def seeded(one_thread):
-    torch.manual_seed(0)
-
-
 def small(*flags):
     """The flags of a small policy search, and its parts."""
     args = baseline.parse_args(["--method", "faa-darts", "--preset", "quick", "--gpu", "-1", *flags])
@@ -49,27 +44,6 @@ def test_wide_resnet_has_the_published_size_and_two_heads():
     for size in (32, 17, 8):
         logits, value = baseline.WideResNet(7, 10, 1)(torch.rand(3, 3, size, size))
         assert logits.shape == (3, 7) and value.shape == (3,)
-
-
-@pytest.mark.parametrize("norm", ["pixel", "image"])
-def test_gradient_penalty_of_a_quadratic_critic(norm):
-    """critic(x) = x^T A x / 2 has the gradient (A + A^T) x / 2: everything can be written out."""
-    real, augmented = torch.randn(2, 4, 3, 2, 2, dtype=torch.float64)
-    share = torch.rand(4, dtype=torch.float64)
-    A = torch.randn(12, 12, dtype=torch.float64, requires_grad=True)
-
-    def critic(x):
-        return 0.5 * ((x.flatten(1) @ A) * x.flatten(1)).sum(1)
-
-    terms = []
-    for t, x, y in zip(share, real, augmented):
-        gradient = (t * x + (1 - t) * y).flatten() @ (A + A.T) / 2  # channel by channel, 4 pixels each
-        parts = [gradient] if norm == "image" else [gradient[pixel::4] for pixel in range(4)]
-        terms += [(part.square().sum().sqrt() - 1) ** 2 for part in parts]
-    expected = torch.stack(terms).mean()
-    mine = baseline.gradient_penalty(critic, real, augmented, share, norm)
-    assert torch.allclose(mine, expected, rtol=1e-12)
-    assert torch.allclose(*(torch.autograd.grad(v, A)[0] for v in (mine, expected)), rtol=1e-10)
 
 
 # -------- The two steps ---------------------------------------------------------------------------------------------

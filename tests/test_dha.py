@@ -20,11 +20,6 @@ TINY = "--preset quick --gpu -1 --channels 4 --layers 3 --batch-size 8 --out no-
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def seed(one_thread):
-    torch.manual_seed(0)
-
-
 def tiny(*flags, count=64):
     """What a run learns before its first step; its data and flags."""
     args = dha.parse_args([*TINY, *flags])

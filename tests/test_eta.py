@@ -1,4 +1,4 @@
-"""dha.py's lr and wd (Eq. 3). Oracles: autograd through the update, finite differences, torch's SGD and Adam."""
+"""dha.py's lr and wd (Eq. 3). Oracles: autograd through the update, torch's SGD and Adam."""
 
 import itertools
 
@@ -12,32 +12,6 @@ import dha
 from test_dha import move_b, step, tiny
 
 DOUBLE = {"dtype": torch.float64}
-
-
-@pytest.fixture(autouse=True)
-def seed(one_thread):
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def float64(monkeypatch):
-    """Is what torch computes with, also where a script asks for float()."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def test_sgd_step_is_torch_sgd():
-    mine, theirs = ([torch.ones(3, 2), torch.linspace(0, 1, 4)] for _ in range(2))
-    velocity = [torch.zeros_like(p) for p in mine]
-    optimizer = torch.optim.SGD(theirs, lr=0.1, momentum=0.9, weight_decay=0.01)
-    for _ in range(5):
-        for p in theirs:
-            p.grad = torch.randn_like(p)
-        optimizer.step()
-        dha.sgd_step(mine, [p.grad for p in theirs], velocity, torch.tensor(0.1), torch.tensor(0.01))
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(mine, theirs))
 
 
 def test_hypergradient_equals_autograd_through_the_update():
@@ -59,9 +33,6 @@ def test_hypergradient_equals_autograd_through_the_update():
     leaves = [t.clone().requires_grad_() for t in plus]
     mine = dha.hypergradient(torch.autograd.grad(loss(leaves), leaves), velocity, plus, lr)
     torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
-    for found, h in zip(mine, ((1e-5, 0), (0, 1e-5))):
-        ends = [loss(updated(0.05 + sign * h[0], 0.01 + sign * h[1])) for sign in (1, -1)]
-        assert abs(float((ends[0] - ends[1]) / 2e-5 - found)) < 1e-7
 
 
 @pytest.mark.parametrize("updates", ["printed", "scale-free"])
@@ -142,14 +113,6 @@ def test_a_step_ends_at_the_ranges(updates):
     for wrong in (["ratio", 10], ["scale-free"]):  # the number of steps is missing
         with pytest.raises(ValueError, match="number of steps"):
             dha.Eta(0.01, 3e-4, *wrong)
-
-
-@pytest.mark.parametrize("updates", ["printed", "scale-free"])
-def test_without_hpo_eta_stays(updates):
-    s, data, args = tiny("--no-hpo", "--weight-decay", "0", "--updates", updates)
-    for i in range(2):
-        step(s, data, args, i, side=16)
-    assert float(s.eta.lr) == pytest.approx(args.lr) and float(s.eta.wd) == 0
 
 
 def test_hypergradient_wants_independent_batches():

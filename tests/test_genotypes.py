@@ -96,14 +96,10 @@ TUPLES = NESTED.replace("[", "(").replace("]", ")")
 DICT = str(V2._asdict()).replace("[2, 3, 4, 5]", "range(2, 6)")
 STATES = re.compile(r"(?<=, )\d(?=\))")  # of the edges
 AS_PEOPLE_HAVE_THEM = {  # all of them mean DARTS_V2
-    "the text alone": f"\n\n{V2}\n",
     "an alias below": f"DARTS_V2 = {V2}\n\nDARTS = DARTS_V2\n",
     "a log": f"10:00 param size = 1.93MB\n10:01 genotype = {V2}\n10:01 train 000 2.31e+00 (best) 12.5\n",
     "a cut log": f"genotype = {V2}\ngenotype = {str(V1)[:200]}",
-    "the same twice": f"a = {V2}\nb = {V2}\n",
     "broken into lines": str(V2).replace(", ", ",\n    "),
-    "nested by node in a log": f"06/30 07:31:16 PM | genotype = {NESTED}",
-    "our JSON": json.dumps(V2._asdict(), indent=1),
     "JSON in JSON": json.dumps({"epoch": 3, "loss": None, "genotype": V2._asdict()}),
     "JSON of a script's text": json.dumps({"epoch": 3, "genotype": str(V2)}),
     "tuples in a log": f"==>> (best) : {TUPLES[:-1]}, connects=None)\n[12.5%] (13.1)",
@@ -181,15 +177,13 @@ def edge(new):
 
 BAD = {
     "empty": "",
-    "prose": "the best cell",
     "cut off": str(V1)[:-20],
-    "unknown operation": edge("('conv_7x1_1x7', 1)"),
     "operation none": edge("('none', 1)"),
     "state of a later node": edge("('sep_conv_3x3', 2)"),
     "negative state": edge("('sep_conv_3x3', -1)"),
     "state between two": edge("('sep_conv_3x3', np.float64(0.5))"),
-    "odd number of edges": str(V1._replace(normal=V1.normal[:7])),
-    "no edges": str(V1._replace(normal=[])),
+    "odd number of edges": str(V1._replace(normal=V1.normal[:7], normal_concat=[2])),
+    "no edges": str(V1._replace(normal=[], normal_concat=[0, 1])),
     "field missing": str(V1).replace("reduce_concat", "concat"),
     "empty concat": str(V1._replace(normal_concat=[])),
     "an input in reduce_concat": str(V1._replace(reduce_concat=[1, 2, 3])),

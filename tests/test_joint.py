@@ -22,11 +22,6 @@ from test_dha import Waits
 NAMES = list(AUGMENTATIONS)
 
 
-@pytest.fixture(autouse=True)
-def seeded(one_thread):
-    torch.manual_seed(0)
-
-
 # -------- The policy ------------------------------------------------------------------------------------------------
 
 

@@ -3,8 +3,6 @@
 What it shares with the cells (freezing, pruning, limits, a state that goes on) is in test_supernet.py and test_dha.py.
 """
 
-import json
-
 import pytest
 import torch
 import torch.nn as nn
@@ -20,11 +18,6 @@ OPS = common.MOBILE_PRIMITIVES
 STAGES = [(24, 4, 2), (40, 4, 2), (80, 4, 2), (96, 4, 1), (192, 4, 2), (320, 1, 1)]  # width, layers, stride
 NO_SKIP = [0, 4, 8, 12, 16, 20]  # where they begin
 SMALLEST = ["mbconv3_3x3" if i in NO_SKIP else "skip_connect" for i in range(21)]
-
-
-@pytest.fixture(autouse=True)
-def seed(one_thread):
-    torch.manual_seed(0)
 
 
 def proxyless(names, stem, side):
@@ -113,13 +106,9 @@ def test_a_layer_is_the_sum_over_all_seven_operations(i, name):
     assert not net.strengths(i).requires_grad
 
 
-def test_genotypes_that_fit_come_back_and_others_are_refused(tmp_path):
+def test_genotypes_that_fit_come_back_and_others_are_refused():
     """Those that no network of any size could have: test_genotypes.py."""
     fitting = ["mbconv3_3x3"] * 6  # in 6 layers no skip fits
-    common.save_genotype(fitting, tmp_path / "file")
-    assert (
-        json.loads((tmp_path / "file").read_text()) == common.load_genotype(tmp_path / "file", "mobilenet") == fitting
-    )
     assert MobileSupernet(4, 10, 6, given=dha.to_support(fitting)).genotype() == fitting
     cells = common.GENOTYPES["DARTS_V2"]
     for bad in (fitting[1:], fitting * 2, ["skip_connect", *fitting[1:]], cells):

@@ -16,11 +16,6 @@ CONVS = Genotype(*[[("sep_conv_3x3", i % 2) for i in range(8)], [2, 3, 4, 5]] * 
 MIXED = Genotype(*[[("skip_connect", 0), ("dil_conv_5x5", 1)] * 4, [2, 3, 4, 5]] * 2)
 
 
-@pytest.fixture(autouse=True)
-def seed(one_thread):
-    torch.manual_seed(0)
-
-
 def evaluating(module):
     """`module` in evaluation mode, with batch norm statistics that are not 0 and 1."""
     for m in module.modules():
@@ -32,14 +27,6 @@ def evaluating(module):
 
 def parts(module, kind):
     return [m for m in module.modules() if isinstance(m, kind)]
-
-
-def outputs_of(modules):
-    """A list that fills with what the modules return."""
-    outputs = []
-    for module in modules:
-        module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    return outputs
 
 
 @pytest.mark.parametrize("size", [(10, 10), (7, 4), (1, 1)])
@@ -115,7 +102,9 @@ def test_identities_are_never_dropped_and_all_others_are(reduction):
 def test_a_network_stacks_its_cells():
     """Reductions at a third and two thirds, the auxiliary head after the second; paths are dropped in training only."""
     net = Network(CONVS, 10, channels=4, layers=8, auxiliary=True)
-    outputs, x = outputs_of(net.cells), torch.randn(2, 3, 32, 32)
+    outputs, x = [], torch.randn(2, 3, 32, 32)
+    for cell in net.cells:
+        cell.register_forward_hook(lambda cell, inputs, output: outputs.append(output))
     _, auxiliary = net(x)
     assert [y.shape[1:] for y in outputs] == [(16, 32, 32)] * 2 + [(32, 16, 16)] * 3 + [(64, 8, 8)] * 3
     torch.testing.assert_close(auxiliary, net.auxiliary(outputs[5]))
@@ -129,14 +118,14 @@ def test_a_network_stacks_its_cells():
 def test_outputs_and_gradients(name, stem, size, auxiliary):
     """Also of odd sizes; one image is enough to classify."""
     net = Network(GENOTYPES[name], num_classes=7, channels=4, layers=3, auxiliary=auxiliary, stem=stem)
-    outputs = outputs_of([net.stem1])
-    made = net(torch.randn(2, 3, *size))
+    x = torch.randn(2, 3, *size)
+    made = net(x)
     if not auxiliary:
         made = (made,)
     assert all(logits.shape == (2, 7) for logits in made) and len(made) == 1 + auxiliary
     sum(logits.sum() for logits in made).backward()
     assert all(p.grad is not None for p in net.parameters())
-    assert outputs[0].shape[2:] == (size if stem == "cifar" else (12, 8))  # an eighth, rounded up
+    assert net.stem1(net.stem0(x)).shape[2:] == (size if stem == "cifar" else (12, 8))  # an eighth, rounded up
     assert net.eval()(torch.randn(1, 3, *size)).shape == (1, 7)
 
 

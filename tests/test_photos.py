@@ -23,11 +23,6 @@ from test_data import noise, put
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1  # else torch waits 5 s for every worker that failed
 
 
-@pytest.fixture(autouse=True)
-def seed(one_thread):
-    torch.manual_seed(0)
-
-
 def fail(kind, *arguments):
     raise kind(*arguments)
 
@@ -101,10 +96,10 @@ def test_mit67(indoor):
 UNUSABLE = {  # data set, what happens to MIT67's layout, and what the message says
     "no list": ("mit67", lambda root: (root / "TestImages.txt").unlink(), "TestImages.txt"),
     "listed file": ("mit67", lambda root: (root / "Images/bar/1.jpg").unlink(), "bar/1.jpg"),
+    "empty list": ("mit67", lambda root: (root / "TestImages.txt").write_text("\n"), "empty"),
     "class only in test": ("mit67", lambda root: (root / "TrainImages.txt").write_text("bar/0.jpg"), "cellar/7.jpg"),
     "no val": ("imagenet", lambda root: (root / "Images").rename(root / "train"), "(or val/)"),
     "few images": ("sport8", lambda root: sports(root / "event_img", (130, 129, 131)), "badminton has 129 images"),
-    "no images": ("sport8", lambda root: (root / "event_img").mkdir(), "event_img"),
 }
 
 
@@ -130,7 +125,7 @@ def test_flowers102(tmp_path, monkeypatch):
     assert shown(*data[2:4]) == [(k, flowers[k - 1] - 1) for k in (2, 7, 5, 6)]
 
 
-@pytest.mark.parametrize("dataset, size", [("imagenet", None), ("folder", 64), ("folder", 63)])
+@pytest.mark.parametrize("dataset, size", [("imagenet", None), ("imagenet", 96), ("folder", 64), ("folder", 63)])
 def test_folders_of_photographs(dataset, size, tmp_path):
     """From 64 pixels on images are files; the labels of the images to test on are those of train/."""
     names = ["train/a/x", "train/b/x", "train/c/deep/x", "val/c/deep/x", "val/a/x", "val/.b/x", "val/b/._x"]
@@ -173,9 +168,7 @@ def test_16_bits_of_gray_are_scaled_to_8(tmp_path):
     assert want[0, :5].tolist() == [255, 128, 0, 1, 0]
     Image.fromarray(pixels).save(tmp_path / "a.png")
     (tmp_path / "a.pgm").write_bytes(b"P5 30 40 65535\n" + pixels.astype(">u2").tobytes())
-    put_tiff(tmp_path / "little.tif", pixels, "<")
-    put_tiff(tmp_path / "big.tif", pixels, ">")
-    for name in ("a.png", "a.pgm", "little.tif", "big.tif"):
+    for name in ("a.png", "a.pgm"):
         assert np.array_equal(levels(tmp_path / name), gray3(want)), name
 
 
@@ -209,12 +202,10 @@ def test_images_stand_upright(orientation, tmp_path):
 
 def test_kinds_of_images(tmp_path):
     """Every mode becomes three channels: colours of a palette, gray three times, alpha left out."""
-    gray, rgba = noise(9, 7), noise(9, 7, 4, seed=2)
+    rgba = noise(9, 7, 4, seed=2)
     palette = Image.fromarray(rgba[..., :3].copy()).quantize(16)
     ink = rgba * [1, 1, 1, 0]  # no black: red is what cyan leaves
     kinds = {
-        "1.png": (Image.fromarray(gray > 127), gray3((gray > 127) * 255)),
-        "l.png": (gray, gray3(gray)),
         "la.png": (rgba[..., :2].copy(), gray3(rgba[..., 0])),
         "rgba.png": (rgba, rgba[..., :3]),
         "p.gif": (palette, np.array(palette.getpalette()).reshape(-1, 3)[np.asarray(palette)]),
@@ -238,7 +229,6 @@ ODD_EXIF = {  # content, and whether its orientation can be read: other tags tha
     "no TIFF": (b"garbage!", False),
     "orientation in words": (exif((0x0112, 2, 2, b"6\0")), False),
     "orientation 99": (exif((0x0112, 3, 1, b"\0\x63")), False),
-    "good": (exif(TURNED), True),
     "a width that is a text": (exif((0x0100, 2, 3, b"72\0"), TURNED), True),
     "a number that is a text": (exif(TURNED, (0x011A, 2, 3, b"72\0")), True),
 }
@@ -267,10 +257,9 @@ def cut_jpeg(path):
 
 DAMAGE = {  # what makes the file, and what the message says
     "cut.jpg": (cut_jpeg, "truncated"),
-    "text.jpg": (lambda path: path.write_text("<html>404\nNot Found</html>"), "cannot identify"),
     "float.tif": (lambda path: put_tiff(path, np.zeros((16, 16), np.float32)), "it is in floating point"),
     "deep.tif": (lambda path: put_tiff(path, np.full((16, 16), 70_000, np.int32)), "more than 16 bits"),
-    "missing.png": (lambda path: None, "No such file"),
+    "negative.tif": (lambda path: put_tiff(path, np.full((16, 16), -5, np.int32)), "more than 16 bits"),
 }
 
 
@@ -438,7 +427,6 @@ FAULTS = {  # what happens in a worker, and what the message says
     "hangs": (lambda: time.sleep(60), "timed out after 2"),
     "ends": (lambda: os._exit(1), "exited unexpectedly"),
     "disk full": (lambda: fail(RuntimeError, "unable to write: No space left on device"), "No space left on device"),
-    "path": (lambda: fail(OSError, "AF_UNIX path too long"), "AF_UNIX path too long"),
 }
 
 
@@ -460,6 +448,12 @@ def test_a_worker_that_cannot_be_started(pictures, monkeypatch):
     explained(e, "no more processes")
 
 
+def test_a_fault_in_this_process_keeps_its_traceback(pictures, monkeypatch):
+    monkeypatch.setattr(common, "load_image", lambda path: fail(RuntimeError, "mine"))
+    with pytest.raises(RuntimeError, match="^mine$"):
+        views(Photos(pictures, 64), [torch.tensor([0])], True, workers=0)
+
+
 def test_a_worker_that_is_killed_while_the_network_computes(pictures):
     """torch raises wherever this process is: here in a line that has nothing to do with images."""
     gc.collect()
@@ -474,10 +468,9 @@ def test_a_worker_that_is_killed_while_the_network_computes(pictures):
     explained(e, "killed by signal: Killed")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_errors_of_the_training_code_pass(workers, pictures):
+def test_errors_of_the_training_code_pass(pictures):
     with pytest.raises(RuntimeError, match="^mine$"), common.workers_explained():
-        for _ in loader(Photos(pictures, 64), torch.arange(8), torch.arange(8).split(2), True, workers):
+        for _ in loader(Photos(pictures, 64), torch.arange(8), torch.arange(8).split(2), True, 1):
             raise RuntimeError("mine")
 
 

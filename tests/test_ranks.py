@@ -143,7 +143,7 @@ def found(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_steps_are_one_processs_on_the_joined_batches(found, kind, one_thread):
+def test_steps_are_one_processs_on_the_joined_batches(found, kind):
     wanted = compute(kind, 0, 1)
     for process in found:
         for mine, other in zip(process[kind], wanted, strict=True):

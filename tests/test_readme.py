@@ -57,17 +57,15 @@ def commands() -> list[str]:
     return sorted({command.split(" #")[0].strip() for command in found})
 
 
-@pytest.mark.parametrize("command", commands())
-def test_commands_parse(command, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where no --out exists
+@pytest.mark.parametrize("command", [*commands(), figure2.COMMAND, *ROWS])
+def test_commands_parse(command):
     words = shlex.split(command)
     at = [word.endswith(".py") for word in words].index(True)
     importlib.import_module(words[at].removesuffix(".py")).parse_args(words[at + 1 :])
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=[text.split("\n")[0] for text in SNIPPETS])
-def test_snippets_run_alone(snippet, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_snippets_run_alone(snippet, monkeypatch):
     monkeypatch.setattr(common, "shapes", functools.cache(common.shapes))
     if "load_model" in snippet:
         tiny = "--preset quick --gpu -1 --limit-train 16 --limit-test 8 --batch-size 8 --channels 4 --search-epochs 1"
@@ -156,14 +154,6 @@ def test_random_genotypes_and_policies_are_those_of_their_seed(tmp_path):
         texts.append([(tmp_path / f"{kind}-{seed}.json").read_text() for kind in ("genotype", "policy")])
     first, again, other = texts
     assert first == again and first[0] != other[0] and first[1] != other[1]
-
-
-@pytest.mark.parametrize("command", [figure2.COMMAND, *ROWS])
-def test_rows_can_be_run(command, tmp_path, monkeypatch):
-    """Their flags are those of the scripts."""
-    monkeypatch.chdir(tmp_path)
-    script, *flags = command.split()
-    importlib.import_module(script.removesuffix(".py")).parse_args(flags)
 
 
 def test_rows_wait_for_what_they_are_given():

@@ -15,14 +15,8 @@ import common
 import dha
 from dha import OPS, SparseSupernet
 from test_dha import freeze_all, move_b, step, tiny
-from test_eta import float64  # noqa: F401, a fixture
 
 SPACES = {"cells": [], "mobilenet": ["--space", "mobilenet", "--layers", "6"]}
-
-
-@pytest.fixture(autouse=True)
-def seed(one_thread):
-    torch.manual_seed(0)
 
 
 @pytest.fixture(params=SPACES)
@@ -67,17 +61,8 @@ def test_support_is_the_best_operation_of_the_two_best_states():
     assert not net.alpha.any() and all(len({state for _, state in pairs}) == 2 for pairs in net.support)
 
 
-def test_strengths_are_the_papers_expression_also_under_autocast():
-    net = SparseSupernet(4, 10, 3, b_scale=0.3).double()
-    for k in range(8):
-        net.b[k].data += 0.01 * torch.randn(7)  # during an epoch b moves, alpha does not
-        A, S = net.A[k], [7 * state + OPS.index(name) for name, state in net.support[k]]
-        kept = torch.zeros(35, dtype=torch.float64).index_put((torch.tensor(S),), net.alpha[k, S])
-        E = A.T @ A - torch.eye(35, dtype=torch.float64)
-        full = net.b[k] @ A - kept @ E  # b^T A - alpha^T E, with alpha cut to the support
-        gradients = [torch.autograd.grad(v.sum(), net.b[k])[0] for v in (net.strengths(k), full[S])]
-        torch.testing.assert_close([net.strengths(k), gradients[0]], [full[S], gradients[1]], rtol=0, atol=1e-12)
-    net.float()
+def test_strengths_are_float32_also_under_autocast():
+    net = SparseSupernet(4, 10, 3, b_scale=0.3)
     with torch.autocast("cpu", torch.bfloat16):
         inside = net.strengths(0)
     assert inside.dtype == torch.float32 and torch.equal(inside, net.strengths(0))
@@ -103,19 +88,17 @@ def test_only_the_support_runs_and_has_gradients(space):
         assert all((p.grad is not None) == (op in ran) for p in op.parameters())
 
 
-def test_drop_path_may_be_a_tensor_drops_no_identity_and_keeps_bfloat16():
-    net, x = SparseSupernet(4, 10, 3, given=dha.to_support(common.GENOTYPES["DARTS_V1"])), torch.randn(8, 3, 8, 8)
-    found = []
-    for net.drop_path_prob in (0.5, torch.tensor(0.5)):
-        torch.manual_seed(1)
-        found.append(net(x))
-    assert torch.equal(*found)
+def test_drop_path_drops_all_paths_but_identities_and_only_in_training():
+    convs = SparseSupernet(4, 10, 3, given=[[("sep_conv_3x3", 0), ("sep_conv_3x3", 1)]] * 8)
+    convs.drop_path_prob, x = torch.tensor(1 - 1e-7), torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(convs(x), convs.classifier.bias.expand(2, 10))
+    assert not torch.allclose(convs.eval()(x), convs.classifier.bias)
+
+    net = SparseSupernet(4, 10, 3, given=dha.to_support(common.GENOTYPES["DARTS_V1"]))
     cell, state, ones = net.cells[0], torch.randn(8, 12, 8, 8), [(1.0, 1.0)] * 4
     s0 = cell.preprocess0(state)  # what is left is nodes 1 and 2 with their skip-connection, and its batch norm
     left = cell(state, state, net.support[:4], ones, torch.tensor(1 - 1e-7))
     torch.testing.assert_close(left, torch.cat([0 * s0, s0, s0, 0 * s0], 1), rtol=0, atol=1e-3)
-    with torch.autocast("cpu", torch.bfloat16):  # a float32 mask would make all after it float32
-        assert cell(state, state, net.support[:4], ones, torch.tensor(0.5)).dtype == torch.bfloat16
 
 
 # -------- Training --------------------------------------------------------------------------------------------------
@@ -139,7 +122,7 @@ def written_out(net, strengths):
     return oracle, same
 
 
-def test_training_with_frozen_nodes_is_that_of_the_written_out_network(float64, monkeypatch):  # noqa: F811
+def test_training_with_frozen_nodes_is_that_of_the_written_out_network(float64, monkeypatch):
     """None frozen, some, all: strengths that are constant factors, affine batch norms, torch's SGD and Adam."""
     monkeypatch.setattr(dha, "GRAD_CLIP", 1.0)
     s, data, args = tiny("--no-da", "--no-hpo", "--weight-decay", "1e-2", count=80)

@@ -117,7 +117,15 @@ FRONT = {  # table: whose it is, the reference and the rows that the front page 
     "dha": (
         "Zhou et al.",
         "One-Stage ISTA",
-        ["random pairs", "DHA without HPO", "DHA, scale-free", "Sequential DHA", "DHA", "One-Stage ISTA"],
+        [
+            "random pairs",
+            "DHA without HPO",
+            "DHA without HPO, scale-free",
+            "DHA, scale-free",
+            "Sequential DHA",
+            "DHA",
+            "One-Stage ISTA",
+        ],
     ),
     "joint": ("Kashima et al.", "DARTS", ["DARTS", "Faster AA, then DARTS", "jointly"]),
 }
