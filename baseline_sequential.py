@@ -359,7 +359,7 @@ def draw_search(out: Path, history: list[dict]) -> None:
     }
     try:
         joint_darts_faa.draw_curves(out / "curves.png", history, panels)
-    except Exception as error:  # no fault of a figure loses the result
+    except Exception as error:  # a fault in a figure must not lose the result
         print(f"warning: a figure could not be drawn: {type(error).__name__}: {error}")
 
 

@@ -1215,7 +1215,7 @@ def draw_joint(out: Path, history: list[dict], genotype: Genotype, images: Tenso
     draw_curves(out / "curves.png", history, panels)
 
     records = [record for record in history if "selection" in record]
-    if records:
+    if len(records) > 1:  # one epoch makes no area
         figure = Figure(figsize=(9, 4.8), layout="constrained")
         axis = figure.subplots()
         epochs = [record["epoch"] for record in records]
