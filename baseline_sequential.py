@@ -413,6 +413,8 @@ class Stages:
             for file in files.values():
                 if RANK == 0:
                     shutil.copyfile(file, out / file.name)
+            if WORLD > 1:
+                dist.barrier()  # the others go on once process 0 has written the files
             print(f"\n{out}")
             script.run(flags, self.device, self.data)
         return out
@@ -448,6 +450,8 @@ def run_baseline(argv: list[str], args: argparse.Namespace, device: torch.device
     baseline = BASELINES[args.method]
     stage = Stages(argv, args, device, data)
     baseline(stage)  # checks flags and data, and writes nothing
+    if WORLD > 1:
+        dist.barrier()  # no process looks for a run in --out after process 0 has begun one
     with joint_darts_faa.locked(out):
         # Every stage gets its folder, with its flags: then to resume the baseline is to resume its stages
         for name, (script, flags) in stage.checked.items():

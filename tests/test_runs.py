@@ -193,8 +193,14 @@ def test_a_baseline_is_its_commands_one_after_the_other(script, done, tmp_path):
 
 
 def test_plain_darts_is_the_baseline_without_a_policy(data, tmp_path, monkeypatch):
-    """Here the stages only note how they are called, and leave files. The data are loaded once."""
+    """Here the stages only note how they are called, and leave files. The data are loaded once.
+
+    Other processes wait where process 0 writes: before its first file, and for what a stage is given.
+    """
     called, loaded = [], []
+    monkeypatch.setattr(baseline, "WORLD", 2)
+    given = tmp_path / "run" / "train" / "genotype.json"
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: called.append(("wait", given.exists())))
     monkeypatch.setattr(common, "load_data", lambda *given, real=common.load_data: loaded.append(1) or real(*given))
 
     def run(args, device, data):
@@ -206,7 +212,8 @@ def test_plain_darts_is_the_baseline_without_a_policy(data, tmp_path, monkeypatc
     monkeypatch.setattr(baseline, "JOINT", baseline.JOINT._replace(run=run))
     flags = "--method darts --preset quick --dataset folder --gpu -1 --out run --data-dir"
     assert call(baseline, *flags.split(), data) == 0
-    assert called == [("search", "none", True, None), ("train", "none", False, "run/search/genotype.json")]
+    search, train = ("search", "none", True, None), ("train", "none", False, "run/search/genotype.json")
+    assert called == [("wait", False), ("wait", False), search, ("wait", True), train]
     assert loaded == [1]
     assert result(tmp_path / "run")["method"] == "DARTS" and not (tmp_path / "run" / "policy.json").exists()
 
